@@ -1,0 +1,5 @@
+"""How the past is kept and read. One policy per file; `KVCache` serves every policy of indices."""
+
+from __future__ import annotations
+
+CACHES = {"kv": "unspool.causal.cache.kv:KVCache"}

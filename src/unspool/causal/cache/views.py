@@ -1,0 +1,267 @@
+"""The contexts that a `KVCache` hands out: in place for streaming, functional under autograd.
+
+`RingView` writes the segment's keys and values into its slots and reads the buffers as they lie: no concatenation, no
+mask, no clone. `FunctionalView` copies what it reads into a new tensor per site, so a later pass cannot change what a
+backward needs; it also serves forwards of several segments, which may read each other in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from unspool.causal.chunks import FrameSet
+from unspool.causal.context import Site
+from unspool.causal.visibility import Segment
+from unspool.ops.attention import sdpa
+from unspool.ops.compile import compiled
+from unspool.ops.rope import Rope, rotate, rotate_and_stage, table_dtype
+
+if TYPE_CHECKING:
+    from unspool.causal.cache.kv import KVCache
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """What one segment reads and where it stands, in host integers.
+
+    `past` frames read; `shifts` how far the rotated key of a past frame must still move; `positions` to which own keys
+    and queries are rotated; `own` and `wanted` the policy's own positions of segment and past.
+    """
+
+    segment: Segment
+    past: FrameSet
+    shifts: dict[int, int]
+    positions: tuple[int, ...]
+    own: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries of one attention call and the slots they read: a range of slots, or an index of tokens."""
+
+    queries: slice
+    span: tuple[int, int] | None
+    slots: tuple[int, ...]
+
+
+def _check_tokens(q: Tensor, frames: int, cache: KVCache, site: Site) -> None:
+    expected = (cache.batch * site.rows, frames * cache.tokens(site), site.heads, site.head_dim)
+    if tuple(q.shape) != expected:
+        raise ValueError(
+            f"attention {site.name or site.index}: got q of {tuple(q.shape)}, expected {expected} "
+            "(rows, tokens, heads, head_dim); the cache was built for another batch, latent size or network"
+        )
+
+
+class RingView:
+    """Context of one segment over the buffers themselves; valid until the next `begin` of its cache."""
+
+    def __init__(self, cache: KVCache, plan: SegmentPlan) -> None:
+        self.cache = cache
+        self.plan = plan
+        frames = plan.segment.frames
+        own = [cache.slots.staged[f] for f in frames]
+        past = [cache.slots.promoted[f] for f in plan.past]
+        causal = cache.visibility.within == "causal"
+        groups = [(slice(i, i + 1), own[: i + 1]) for i in range(len(own))] if causal else [(slice(0, len(own)), own)]
+        self._pieces = [_piece(queries, sorted(past + seen)) for queries, seen in groups]
+        self._own_slots = own
+        self._index: dict[int, Tensor] = {}  # tokens per frame -> token slots written
+        self._gather: dict[tuple[int, int], Tensor] = {}
+        self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
+        self._stage = (
+            compiled("unspool.ops.rope:rotate_and_stage") if cache.compiled else rotate_and_stage
+        )
+        self._written: set[int] = set()
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.tensor(self.plan.own)
+
+    def reopen(self) -> None:
+        """Serve another pass over the same frames."""
+        self._written.clear()
+
+    def check_complete(self) -> None:
+        missing = set(self.cache.sites) - self._written
+        if missing:
+            raise ValueError(f"promote(): the pass never reached sites {sorted(missing)}; run the whole network first")
+
+    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
+        cache = self.cache
+        if cache._view is not self:
+            raise RuntimeError("this view is over: its cache has begun, promoted or discarded another pass since")
+        _check_tokens(q, len(self.plan.segment.frames), cache, site)
+        cache.settle(site, rope)
+        entry, n = cache.entries[site.index], cache.tokens(site)
+        index = self._token_index(n)
+        if rope is None:
+            entry.keys.index_copy_(1, index, k.to(entry.keys.dtype))
+            entry.values.index_copy_(1, index, v.to(entry.values.dtype))
+        else:
+            cos, sin = self._table(rope)
+            q = self._stage(q, k, v, cos, sin, entry.keys, entry.values, index)
+        self._written.add(site.index)
+        outputs = []
+        for number, piece in enumerate(self._pieces):
+            own = q if len(self._pieces) == 1 else q[:, piece.queries.start * n : piece.queries.stop * n]
+            outputs.append(sdpa(own, *self._read(number, piece, entry.keys, entry.values, n)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _read(self, number: int, piece: Piece, keys: Tensor, values: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        if piece.span is not None:
+            where = slice(piece.span[0] * n, piece.span[1] * n)
+            return keys[:, where], values[:, where]
+        key = (number, n)
+        if key not in self._gather:
+            self._gather[key] = _token_slots(piece.slots, n, self.cache.device)
+        return keys.index_select(1, self._gather[key]), values.index_select(1, self._gather[key])
+
+    def _token_index(self, n: int) -> Tensor:
+        if n not in self._index:
+            self._index[n] = _token_slots(tuple(self._own_slots), n, self.cache.device)
+        return self._index[n]
+
+    def _table(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        if rope not in self._tables:
+            cos, sin = rope.tables(list(self.plan.positions), table_dtype(self.cache.dtype))
+            self._tables[rope] = (cos.to(self.cache.device), sin.to(self.cache.device))
+        return self._tables[rope]
+
+
+class FunctionalView:
+    """Context of one or more segments that never writes into the buffers before `promote()`.
+
+    With `frozen`, the past of every site is kept as it was at the first call, so recomputation under gradient
+    checkpointing (the non-reentrant form) reads the same even when the stream has moved on; staging keeps the first.
+    """
+
+    def __init__(self, cache: KVCache, plans: list[SegmentPlan], *, frozen: bool) -> None:
+        self.cache = cache
+        self.plans = plans
+        self.frozen = frozen
+        past, own = FrameSet(), FrameSet()
+        for plan in plans:
+            past, own = past | plan.past, own | FrameSet.of(plan.segment.frames)
+        self._held = list(past - own)
+        self._slots = dict(cache.slots.promoted)
+        self._past: dict[int, tuple[Tensor, Tensor]] = {}
+        self._staged: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.tensor([p for plan in self.plans for p in plan.own])
+
+    def check_complete(self) -> None:
+        missing = set(self.cache.sites) - set(self._staged)
+        if missing:
+            raise ValueError(f"promote(): the pass never reached sites {sorted(missing)}; run the whole network first")
+
+    def staged_frame(self, index: int, plan: SegmentPlan, frame: int) -> tuple[Tensor, Tensor]:
+        """Rotated key and value [rows, tokens, heads, d] of one own frame."""
+        n = self.cache.tokens(self.cache.sites[index])
+        at = self._offset(plan) + (frame - plan.segment.frames.start)
+        k, v = self._staged[index]
+        return k[:, at * n : (at + 1) * n], v[:, at * n : (at + 1) * n]
+
+    def _offset(self, plan: SegmentPlan) -> int:
+        return sum(len(p.segment.frames) for p in self.plans[: self.plans.index(plan)])
+
+    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
+        total = sum(len(p.segment.frames) for p in self.plans)
+        _check_tokens(q, total, self.cache, site)
+        n = self.cache.tokens(site)
+        if rope is not None:
+            positions = [p for plan in self.plans for p in plan.positions]
+            cos, sin = (t.to(q.device) for t in rope.tables(positions, table_dtype(q.dtype)))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        self._staged.setdefault(site.index, (k, v))
+        past_k, past_v = self._frozen_past(site, rope)
+        outputs, offset = [], 0
+        for plan in self.plans:
+            count = len(plan.segment.frames)
+            outputs += self._attend_segment(plan, offset, n, q, k, v, past_k, past_v, rope)
+            offset += count
+        return torch.cat(outputs, dim=1)
+
+    def _attend_segment(
+        self,
+        plan: SegmentPlan,
+        offset: int,
+        n: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_k: Tensor,
+        past_v: Tensor,
+        rope: Rope | None,
+    ) -> list[Tensor]:
+        """Attention of one segment over [past | earlier segments of this pass | itself]."""
+        where = self._where(plan)
+        keys = [_frame(past_k if old else k, at, n) for old, at in where]
+        values = [_frame(past_v if old else v, at, n) for old, at in where]
+        for i, frame in enumerate(plan.past):
+            shift = plan.shifts.get(frame, 0)
+            if shift and rope is not None:
+                cos, sin = (t.to(q.device) for t in rope.time_tables([shift], table_dtype(q.dtype)))
+                keys[i] = rotate(keys[i], cos, sin)
+        count = len(plan.segment.frames)
+        causal = self.cache.visibility.within == "causal"
+        groups = [(i, i + 1) for i in range(count)] if causal else [(0, count)]
+        outputs = []
+        for first, last in groups:
+            own = slice(offset * n, (offset + last) * n)
+            queries = q[:, (offset + first) * n : (offset + last) * n]
+            outputs.append(sdpa(queries, torch.cat([*keys, k[:, own]], 1), torch.cat([*values, v[:, own]], 1)))
+        return outputs
+
+    def _where(self, plan: SegmentPlan) -> list[tuple[bool, int]]:
+        """Per past frame: does it come from the cache, and its index among the held or the own frames."""
+        own: dict[int, int] = {}
+        offset = 0
+        for other in self.plans[: self.plans.index(plan)]:
+            own.update({f: offset + i for i, f in enumerate(other.segment.frames)})
+            offset += len(other.segment.frames)
+        return [(False, own[f]) if f in own else (True, self._held.index(f)) for f in plan.past]
+
+    def _frozen_past(self, site: Site, rope: Rope | None) -> tuple[Tensor, Tensor]:
+        if site.index in self._past:
+            return self._past[site.index]
+        cache, n = self.cache, self.cache.tokens(site)
+        with torch.no_grad():
+            cache.settle(site, rope)
+            entry = cache.entries[site.index]
+            index = _token_slots(tuple(self._slots.get(f, 0) for f in self._held), n, cache.device)
+            k, v = entry.keys.index_select(1, index), entry.values.index_select(1, index)
+        live = [i for i, f in enumerate(self._held) if f in cache.graph]
+        if live:
+            k = _replace(k, {i: cache.graph[self._held[i]][site.index][0] for i in live}, n)
+            v = _replace(v, {i: cache.graph[self._held[i]][site.index][1] for i in live}, n)
+        if self.frozen:
+            self._past[site.index] = (k, v)
+        return k, v
+
+
+def _frame(x: Tensor, at: int, n: int) -> Tensor:
+    return x[:, at * n : (at + 1) * n]
+
+
+def _replace(x: Tensor, frames: dict[int, Tensor], n: int) -> Tensor:
+    count = x.shape[1] // n
+    return torch.cat([frames.get(i, _frame(x, i, n)) for i in range(count)], dim=1)
+
+
+def _piece(queries: slice, slots: list[int]) -> Piece:
+    contiguous = slots == list(range(slots[0], slots[0] + len(slots)))
+    return Piece(queries, (slots[0], slots[-1] + 1) if contiguous else None, tuple(slots))
+
+
+def _token_slots(slots: tuple[int, ...], n: int, device: torch.device) -> Tensor:
+    """Token indices of whole slots, int64 on `device`."""
+    base = torch.tensor(slots, dtype=torch.int64)[:, None] * n
+    return (base + torch.arange(n)).flatten().to(device, non_blocking=True)

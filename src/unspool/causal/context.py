@@ -1,0 +1,130 @@
+"""All that one forward knows of time: a network hands over q, k, v and gets attention back.
+
+Two forms: `FullSequence` (training and the bidirectional teacher) here, and the views of a `KVCache` (rollout). Both are
+immutable, so recomputation under gradient checkpointing sees what the forward saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from unspool.causal.mask import MaskBlock, MaskSpec
+from unspool.ops.attention import flex, sdpa
+from unspool.ops.rope import Rope, rotate, table_dtype
+
+Backend = Literal["slices", "dense", "flex"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One attention of one layer, made once by the network that owns it.
+
+    Fields: `index` its row in a cache; `heads`, `head_dim`; `stream` names sites that share a visibility;
+    `rows` samples of attention per sample of the batch and `tokens_per_frame` where they differ from the latent's
+    (attention over time alone has one row per spatial position and one token per latent frame).
+    """
+
+    index: int
+    heads: int
+    head_dim: int
+    name: str = ""
+    stream: str = "self"
+    rows: int = 1
+    tokens_per_frame: int | None = None
+
+
+@runtime_checkable
+class Context(Protocol):
+    """What the network's attention calls; see ARCHITECTURE contracts."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the query frames [t] (int64, CPU), for backbones that add them to the hidden state."""
+        ...
+
+    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
+        """Attention of q [b, n, heads, d] over what it may read; q and k come not rotated."""
+        ...
+
+
+class FullSequence:
+    """Every frame of the sequence in one forward, under a mask or none.
+
+    Args: `num_frames` sequence frames (teacher forcing counts both copies); `mask` or None for bidirectional;
+    `backend`: "slices" (SDPA per query segment: CPU training), "dense" (one SDPA with a boolean mask), "flex" (CUDA).
+    Raises ValueError when the mask is of another length or the backend cannot express it.
+    """
+
+    def __init__(
+        self, num_frames: int, mask: MaskSpec | None = None, *, backend: Backend = "slices", offset: int = 0
+    ) -> None:
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend={backend!r}: expected one of {get_args(Backend)}")
+        if mask is not None and mask.num_frames != num_frames:
+            raise ValueError(
+                f"mask of {mask.num_frames} sequence frames for a sequence of {num_frames}; build it for num_frames"
+            )
+        self.num_frames = num_frames
+        self.mask = mask
+        self.backend = backend
+        fixed = tuple(range(offset, offset + num_frames)) if mask is None else mask.fixed_positions
+        if fixed is None and backend != "slices":
+            raise ValueError(
+                f"backend={backend!r} rotates every key once, but these positions move keys from chunk to chunk; "
+                "use backend='slices'"
+            )
+        self._fixed = fixed
+        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def positions(self) -> Tensor:
+        if self._fixed is not None:
+            return torch.tensor(self._fixed)
+        assert self.mask is not None
+        own = [p for block in self.mask.blocks for p in block.query_positions]
+        return torch.tensor(own)
+
+    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
+        if q.shape[1] % self.num_frames:
+            raise ValueError(
+                f"{q.shape[1]} tokens are not whole latent frames of a sequence of {self.num_frames}; "
+                "the context was built for another clip length"
+            )
+        tokens = q.shape[1] // self.num_frames
+        if rope is not None and self._fixed is not None:
+            cos, sin = self._table(self._fixed, rope, q)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.mask is None:
+            return sdpa(q, k, v)
+        if self.backend == "dense":
+            return sdpa(q, k, v, self.mask.dense(tokens, q.device))
+        if self.backend == "flex":
+            return flex(q, k, v, self.mask.flex(tokens, q.device))
+        outputs = [self._attend_block(block, tokens, q, k, v, rope) for block in self.mask.blocks]
+        return torch.cat(outputs, dim=1)
+
+    def _attend_block(
+        self, block: MaskBlock, tokens: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None
+    ) -> Tensor:
+        own = q[:, block.queries.start * tokens : block.queries.stop * tokens]
+        keys = _take(k, block, tokens)
+        if rope is not None and self._fixed is None:
+            own = rotate(own, *self._table(block.query_positions, rope, q))
+            keys = rotate(keys, *self._table(block.key_positions, rope, q))
+        return sdpa(own, keys, _take(v, block, tokens))
+
+    def _table(self, positions: tuple[int, ...], rope: Rope, like: Tensor) -> tuple[Tensor, Tensor]:
+        key = (positions, rope, like.device, table_dtype(like.dtype))
+        if key not in self._tables:
+            cos, sin = rope.tables(list(positions), table_dtype(like.dtype))
+            self._tables[key] = (cos.to(like.device), sin.to(like.device))
+        return self._tables[key]
+
+
+def _take(x: Tensor, block: MaskBlock, tokens: int) -> Tensor:
+    parts = [x[:, start * tokens : end * tokens] for start, end in block.keys.intervals]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

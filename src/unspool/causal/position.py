@@ -1,0 +1,102 @@
+"""Which temporal positions the keys and queries of a segment get: pure functions of indices.
+
+Positions are integers in latent frames. For rotary embeddings only differences matter, so a cache may keep keys as
+they were rotated when written as long as all visible keys and the queries agree up to one common shift; a policy need
+not care (see `unspool.causal.cache.kv`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from unspool.causal.chunks import FrameSet
+from unspool.causal.visibility import Segment
+
+
+@runtime_checkable
+class PositionPolicy(Protocol):
+    """Positions of what a segment reads and of the segment itself.
+
+    `moves_keys`: the position of a kept frame relative to the others can change after it was written, so that a cache
+    has to keep something from which to rotate it anew.
+    """
+
+    moves_keys: bool
+
+    def assign(self, segment: Segment, kept: FrameSet) -> tuple[list[int], list[int]]:
+        """Positions of the `kept` past frames, in ascending order of frame, and of the segment's own frames."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absolute:
+    """The index of the latent frame in the stream, plus `offset` (CausVid, Self-Forcing, LongLive 1.0)."""
+
+    offset: int = 0
+    moves_keys: bool = False
+
+    def assign(self, segment: Segment, kept: FrameSet) -> tuple[list[int], list[int]]:
+        return [f + self.offset for f in kept], [f + self.offset for f in segment.frames]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowRelative:
+    """0, 1, 2... over the frames held, sink first, then recent ones, then the segment: bounded for any length.
+
+    LongLive's relative variant and Infinity-RoPE (arXiv:2511.20649). The sink moves with the window, so its keys are
+    rotated anew at every chunk once frames have been dropped.
+    """
+
+    offset: int = 0
+    moves_keys: bool = True
+
+    def assign(self, segment: Segment, kept: FrameSet) -> tuple[list[int], list[int]]:
+        past = len(kept)
+        keys = list(range(self.offset, self.offset + past))
+        return keys, list(range(self.offset + past, self.offset + past + len(segment.frames)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReanchoredSink:
+    """Absolute indices, but frames cut off from the segment by a gap stand directly before the recent ones.
+
+    Rolling Forcing's sink (arXiv:2509.25161). Under rotary embeddings equal to `WindowRelative`; it differs for
+    backbones that add positions to the hidden state.
+    """
+
+    moves_keys: bool = True
+
+    def assign(self, segment: Segment, kept: FrameSet) -> tuple[list[int], list[int]]:
+        own = list(segment.frames)
+        past = len(kept)
+        return list(range(own[0] - past, own[0])), own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cyclic:
+    """The index modulo `length` (Ca2-VDM, arXiv:2411.16375 section 3.3): additive ids written into the hidden state."""
+
+    length: int
+    moves_keys: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"length={self.length}: expected at least 1 cyclic position")
+
+    def assign(self, segment: Segment, kept: FrameSet) -> tuple[list[int], list[int]]:
+        span = segment.frames.stop - min(kept, default=segment.frames.start)
+        if span > self.length and len(kept) + len(segment.frames) > self.length:
+            raise ValueError(
+                f"{len(kept)} kept and {len(segment.frames)} new latent frames need distinct cyclic positions, but "
+                f"length={self.length}; use length >= window"
+            )
+        return [f % self.length for f in kept], [f % self.length for f in segment.frames]
+
+
+POSITIONS = {
+    "absolute": "unspool.causal.position:Absolute",
+    "relative": "unspool.causal.position:WindowRelative",
+    "reanchored": "unspool.causal.position:ReanchoredSink",
+    "cyclic": "unspool.causal.position:Cyclic",
+}

@@ -1,0 +1,169 @@
+"""What a chunk may see: pure functions of indices that make the training mask and drive eviction alike.
+
+A `Visibility` answers which *past* latent frames a segment reads; its own frames are implied. Window and sink are
+counted in latent frames, the current chunk and the sink included, back from the end of the chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Literal, Protocol, runtime_checkable
+
+from unspool.causal.chunks import FrameSet
+
+
+class Kind(Enum):
+    """Why a segment goes through the network."""
+
+    PREFILL = "prefill"  # given latents enter the cache
+    DENOISE = "denoise"  # noisy latents, a prediction is wanted
+    COMMIT = "commit"  # finished latents, only the K/V are wanted
+    RECACHE = "recache"  # kept clean latents again, under another prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Consecutive latent frames that go through one forward for one reason.
+
+    `sigma` is the noise level of the segment where that matters to a policy; `read_bank` and `write_bank` name the
+    K/V banks (one bank, "clean", unless the policy says otherwise). `limit`: when set, the segment may read only
+    past frames of this set (a recache reads what it has already recomputed).
+    """
+
+    kind: Kind
+    frames: range
+    sigma: float = 0.0
+    read_bank: str = "clean"
+    write_bank: str = "clean"
+    limit: FrameSet | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.frames) < 1 or self.frames.step != 1 or self.frames.start < 0:
+            raise ValueError(f"segment frames {self.frames}: expected a non-empty range of latent frames from 0 up")
+
+
+Pass = tuple[Segment, ...]  # segments of one forward, in the order in which they may read each other
+
+
+@runtime_checkable
+class Visibility(Protocol):
+    """Which past latent frames a segment reads. Once a chunk has dropped a frame no later one may ask for it."""
+
+    within: Literal["full", "causal"]
+
+    def visible(self, segment: Segment) -> FrameSet:
+        """Past latent frames (all below `segment.frames.start`) that the segment reads."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Every past latent frame (CausVid, ViD-GPT): the cache grows with the stream."""
+
+    within: Literal["full", "causal"] = "full"
+
+    def visible(self, segment: Segment) -> FrameSet:
+        return FrameSet.of((0, segment.frames.start))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The first `sink` latent frames and the most recent ones, at most `window` in all (Self-Forcing, LongLive).
+
+    A chunk [s, e) reads the sink and [e - (window - sink), s). `commit_window` gives commit-type passes (PREFILL,
+    COMMIT, RECACHE) a reach of their own, and `commit_reads_sink=False` hides the sink from them (Commit Forcing;
+    Rolling Forcing). `sink_start` is the first latent frame of the sink: 0 unless a prompt switch replaced it.
+    """
+
+    window: int
+    sink: int = 0
+    within: Literal["full", "causal"] = "full"
+    commit_window: int | None = None
+    commit_reads_sink: bool = True
+    sink_start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sink < 0 or self.window < 1 or self.sink_start < 0:
+            raise ValueError(
+                f"window={self.window}, sink={self.sink}, sink_start={self.sink_start}: expected window >= 1 and "
+                "sink, sink_start >= 0 latent frames"
+            )
+        for name, value in (("window", self.window), ("commit_window", self.commit_window)):
+            if value is not None and value <= self.sink:
+                raise ValueError(
+                    f"{name}={value} leaves no room beside sink={self.sink}: it counts the sink and the current "
+                    f"chunk; use at least {self.sink + 1} (sink + chunk in a rollout)"
+                )
+
+    def visible(self, segment: Segment) -> FrameSet:
+        start, end = segment.frames.start, segment.frames.stop
+        denoise = segment.kind is Kind.DENOISE
+        window = self.window if denoise or self.commit_window is None else self.commit_window
+        recent = FrameSet.of((max(self.sink_start, end - (window - self.sink)), start))
+        if not denoise and not self.commit_reads_sink:
+            return recent - self.sink_frames
+        return recent | FrameSet.of((self.sink_start, min(self.sink_start + self.sink, start)))
+
+    @property
+    def sink_frames(self) -> FrameSet:
+        return FrameSet.of((self.sink_start, self.sink_start + self.sink))
+
+    @property
+    def capacity(self) -> int:
+        """Most latent frames that one chunk and its past occupy."""
+        return max(self.window, self.commit_window or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Since:
+    """`base` after the stream forgot what lies before `floor`, the frames of `keep` excepted (a cache flush)."""
+
+    base: Visibility
+    floor: int
+    keep: FrameSet = FrameSet()
+
+    @property
+    def within(self) -> Literal["full", "causal"]:  # type: ignore[override]
+        return self.base.within
+
+    def visible(self, segment: Segment) -> FrameSet:
+        reachable = self.keep | FrameSet.of((self.floor, segment.frames.start))
+        return self.base.visible(segment) & reachable
+
+
+VISIBILITIES = {
+    "full": "unspool.causal.visibility:Full",
+    "window": "unspool.causal.visibility:Window",
+    "since": "unspool.causal.visibility:Since",
+}
+
+
+def sink_of(visibility: Visibility) -> FrameSet:
+    """The sink frames of a visibility, empty where it has none."""
+    if isinstance(visibility, Since):
+        return sink_of(visibility.base)
+    return visibility.sink_frames if isinstance(visibility, Window) else FrameSet()
+
+
+def retained(visibility: Visibility, segment: Segment) -> FrameSet:
+    """Past frames that the chunk of `segment` needs in any of its passes: all the others can be dropped."""
+    kinds = (Kind.DENOISE, Kind.COMMIT)
+    needed = FrameSet()
+    for kind in kinds:
+        needed = needed | visibility.visible(replace(segment, kind=kind))
+    return needed
+
+
+def check_window(visibility: Visibility, longest_chunk: int) -> None:
+    """Raise ValueError when a chunk of `longest_chunk` latent frames does not fit beside the sink."""
+    if isinstance(visibility, Since):
+        check_window(visibility.base, longest_chunk)
+    if isinstance(visibility, Window):
+        reaches = {"window": visibility.window, "commit_window": visibility.commit_window}
+        for name, value in reaches.items():
+            if value is not None and longest_chunk > value - visibility.sink:
+                raise ValueError(
+                    f"a chunk of {longest_chunk} latent frames is longer than {name}={value} minus "
+                    f"sink={visibility.sink}; use {name} >= {longest_chunk + visibility.sink} or a shorter chunk"
+                )

@@ -1,0 +1,99 @@
+"""What a network must offer to be trained, distilled, streamed and served here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from unspool.causal.context import Context, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Text states of one or more prompts per sample.
+
+    `states` [b, prompts, rows, channels]; rows past the end of a prompt are zero. A plain [b, rows, channels] tensor is
+    accepted by `Text.of`.
+    """
+
+    states: Tensor
+
+    @staticmethod
+    def of(states: Tensor) -> Text:
+        """One prompt per sample from [b, rows, channels], or several from [b, prompts, rows, channels]."""
+        if states.ndim == 3:
+            states = states[:, None]
+        if states.ndim != 4:
+            raise ValueError(
+                f"text states of shape {tuple(states.shape)}: expected [b, rows, channels] or [b, prompts, rows, channels]"
+            )
+        return Text(states=states)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """All that a network can compute from the prompts alone: keys and values of every cross-attention.
+
+    `keys`, `values` per layer [b, prompts, rows, heads, head_dim].
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def batch(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def num_prompts(self) -> int:
+        return self.keys[0].shape[1]
+
+    @staticmethod
+    def join(parts: list[Prompts], dim: int) -> Prompts:
+        """Concatenate along the batch (0) or along the prompts (1)."""
+        layers = range(len(parts[0].keys))
+        return Prompts(
+            keys=tuple(torch.cat([p.keys[i] for p in parts], dim) for i in layers),
+            values=tuple(torch.cat([p.values[i] for p in parts], dim) for i in layers),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What a forward is conditioned on besides noise level and past.
+
+    Fields: `prompts`; `prompt_index` [b, t] which prompt each latent frame follows (None: prompt 0); `channels`
+    [b, t, c, h, w] extra input channels (clean/noisy mask, image); `vectors` [b, t, c] one conditioning vector per
+    latent frame (actions, camera).
+    """
+
+    prompts: Prompts
+    prompt_index: Tensor | None = None
+    channels: Tensor | None = None
+    vectors: Tensor | None = None
+
+    def with_prompts(self, prompts: Prompts, prompt_index: Tensor | None = None) -> Conditioning:
+        return replace(self, prompts=prompts, prompt_index=prompt_index)
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """One forward for training and inference: no mode flags, no state of its own."""
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every self-attention that a cache must serve."""
+        ...
+
+    def tokens_per_frame(self, rows: int, columns: int) -> int:
+        """Tokens of a latent frame of `rows` x `columns`. Raises ValueError off the patch grid."""
+        ...
+
+    def prepare(self, text: Text) -> Prompts: ...
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning, context: Context) -> Tensor:
+        """Prediction [b, t, c, h, w] for latents `x` [b, t, c, h, w] at noise levels `sigma` [b|1, t|1]."""
+        ...

@@ -1,0 +1,224 @@
+"""The Wan2.1 transformer (arXiv:2503.20314), bidirectional and causal in one class: what it may read is the context's.
+
+Public layout is `b t c h w`; weights are interchangeable one to one with published ones, except that q, k, v (and the
+text's k, v) are stored as one matrix. `sigma` is a float per latent frame; timestep = 1000 sigma exists only in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from unspool.causal.context import Context, Site
+from unspool.models.base import Conditioning, Prompts, Text
+from unspool.models.wan.config import WanConfig
+from unspool.models.wan.layers import Block, Head, time_features, wide_linear
+from unspool.ops.rope import Rope
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class WanTransformer(nn.Module):
+    """Wan2.1 text-to-video transformer of any size.
+
+    Args: `config` sizes. `gradient_checkpointing` (attribute) recomputes blocks in the backward.
+    Raises ValueError on shapes that do not fit, before any work.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        dim = config.dim
+        channels = config.in_channels + config.extra_channels
+        self.patch_embedding = nn.Conv3d(channels, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.frame_vector_dim:
+            self.frame_embedding = nn.Sequential(nn.Linear(config.frame_vector_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.ffn_dim, config.num_heads, config.eps, i) for i in range(config.num_layers)
+        )
+        patch = config.patch_size[1] * config.patch_size[2]
+        self.head = Head(dim, config.out_channels * patch, config.eps)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for matrices, small text and time embeddings, zero output (Wan2.1's own initialisation)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for sequence in (self.text_embedding, self.time_embedding):
+            for layer in sequence:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+        if self.config.frame_vector_dim:
+            last = self.frame_embedding[2]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+
+    # ---- what caches and rollouts ask --------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> list[Site]:
+        return [block.site for block in self.blocks]  # type: ignore[misc]
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.in_channels
+
+    def tokens_per_frame(self, rows: int, columns: int) -> int:
+        grid = self._grid(rows, columns)
+        return grid[0] * grid[1]
+
+    def _grid(self, rows: int, columns: int) -> tuple[int, int]:
+        _, ph, pw = self.config.patch_size
+        if rows < 1 or columns < 1 or rows % ph or columns % pw:
+            up = (max(-(-rows // ph), 1) * ph, max(-(-columns // pw), 1) * pw)
+            raise ValueError(
+                f"latents of {rows}x{columns}: expected multiples of the patch {ph}x{pw}; use {up[0]}x{up[1]}"
+            )
+        return rows // ph, columns // pw
+
+    def prepare(self, text: Text | Tensor) -> Prompts:
+        """Keys and values of every cross-attention for text states [b, prompts, rows, text_dim].
+
+        Fewer than `config.text_len` rows are padded with zeros, which the published weights attend to.
+        Raises ValueError for more rows, another width, or states that are not finite.
+        """
+        states = (text if isinstance(text, Text) else Text.of(text)).states
+        rows, width = states.shape[2:]
+        if width != self.config.text_dim or rows > self.config.text_len or rows < 1:
+            raise ValueError(
+                f"text states [b, prompts, rows, channels] = {tuple(states.shape)}: expected 1..{self.config.text_len} "
+                f"rows of {self.config.text_dim} channels; encode the prompt with this model's text encoder"
+            )
+        if not bool(torch.isfinite(states).all()):
+            raise ValueError("text states hold NaN or infinity; expected finite values: check the text encoder's dtype")
+        weight = self.patch_embedding.weight
+        states = F.pad(states.to(weight.device, weight.dtype), (0, 0, 0, self.config.text_len - rows))
+        embedded = self.text_embedding(states)
+        pairs = [block.cross_attn.prepare(embedded) for block in self.blocks]  # type: ignore[union-attr, operator]
+        return Prompts(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning, context: Context) -> Tensor:
+        """Velocity [b, t, c, h, w] (at least fp32) of noisy latents `x` at noise levels `sigma` [b|1, t|1]."""
+        self._check(x, sigma, cond)
+        batch, frames = x.shape[:2]
+        grid = self._grid(*x.shape[3:])
+        hidden = self._embed(x, cond)
+        embedding, modulation = self._time(sigma, cond)
+        rope = Rope.for_head(self.config.dim // self.config.num_heads, grid)
+        index = self._prompt_rows(cond, batch, frames, x.device)
+        for number, block in enumerate(self.blocks):
+            k, v = _select(cond.prompts, number, index)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, modulation, k, v, context, rope, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                hidden = block(hidden, modulation, k, v, context, rope)
+        out = self.head.project(hidden, embedding)
+        _, ph, pw = self.config.patch_size
+        out = rearrange(
+            out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=grid[0], w=grid[1], p=ph, q=pw
+        )
+        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+
+    def _embed(self, x: Tensor, cond: Conditioning) -> Tensor:
+        weight = self.patch_embedding.weight
+        x = x.to(weight.dtype)
+        if cond.channels is not None:
+            x = torch.cat([x, cond.channels.to(x.dtype)], dim=2)
+        _, ph, pw = self.config.patch_size
+        patches = rearrange(x, "b t c (h p) (w q) -> b (t h w) (c p q)", p=ph, q=pw)
+        # A convolution whose kernel is its stride is a matrix product. The stream keeps the dtype of the weights.
+        return F.linear(patches, weight.flatten(1), self.patch_embedding.bias).to(weight.dtype)
+
+    def _time(self, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """Embedding [b|1, t|1, dim] and modulation [b|1, t|1, 6, dim]: one row per distinct sigma that is given."""
+        first, second = self.time_embedding[0], self.time_embedding[2]
+        projection = self.time_projection[1]
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and isinstance(projection, nn.Linear)
+        features = time_features(1000.0 * sigma.double(), self.config.freq_dim)
+        wide = torch.float64 if first.weight.dtype == torch.float64 else torch.float32
+        embedding = wide_linear(F.silu(wide_linear(features.to(wide), first)), second)
+        if self.config.frame_vector_dim and cond.vectors is not None:
+            inner, outer = self.frame_embedding[0], self.frame_embedding[2]
+            assert isinstance(inner, nn.Linear) and isinstance(outer, nn.Linear)
+            embedding = embedding + wide_linear(F.silu(wide_linear(cond.vectors.to(wide), inner)), outer)
+        modulation = wide_linear(F.silu(embedding), projection)
+        return embedding, modulation.unflatten(-1, (6, -1))
+
+    def _prompt_rows(self, cond: Conditioning, batch: int, frames: int, device: torch.device) -> Tensor | None:
+        """Flat indices of the prompt of every latent frame, or None when all follow the only prompt."""
+        if cond.prompts.num_prompts == 1:
+            return None
+        index = cond.prompt_index
+        if index is None:
+            index = torch.zeros(1, 1, dtype=torch.int64)
+        index = index.to(device).expand(batch, frames)
+        first = torch.arange(batch, device=device)[:, None] * cond.prompts.num_prompts
+        return (first + index).flatten()
+
+    def _check(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> None:
+        config = self.config
+        if x.ndim != 5 or x.shape[2] != config.in_channels:
+            raise ValueError(
+                f"latents of shape {tuple(x.shape)}: expected [b, t, {config.in_channels}, h, w] (time before channels)"
+            )
+        batch, frames = x.shape[:2]
+        if sigma.ndim != 2 or sigma.shape[0] not in (1, batch) or sigma.shape[1] not in (1, frames):
+            raise ValueError(f"sigma of shape {tuple(sigma.shape)}: expected [{batch} or 1, {frames} or 1]")
+        if cond.prompts.batch != batch or len(cond.prompts.keys) != config.num_layers:
+            raise ValueError(
+                f"prompts of {cond.prompts.batch} samples and {len(cond.prompts.keys)} layers: expected {batch} and "
+                f"{config.num_layers}; make them with this network's prepare()"
+            )
+        extra = 0 if cond.channels is None else cond.channels.shape[2]
+        if extra != config.extra_channels:
+            raise ValueError(f"{extra} conditioning channels: expected config.extra_channels={config.extra_channels}")
+        width = 0 if cond.vectors is None else cond.vectors.shape[-1]
+        if width and width != config.frame_vector_dim:
+            raise ValueError(f"conditioning vectors of {width}: expected frame_vector_dim={config.frame_vector_dim}")
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> WanTransformer:
+        """Load from a directory or a hub repository; options as `unspool.models.wan.load.from_pretrained`."""
+        return _loader("from_pretrained")(source, **options)
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, **options: Any) -> WanTransformer:
+        """Load one checkpoint file of any known format; options as `unspool.models.wan.load.load_wan`."""
+        return _loader("load_wan")(path, **options)
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """Write config.json and safetensors; options as `unspool.models.wan.load.save_wan`."""
+        _loader("save_wan")(self, directory, **options)
+
+
+def _loader(name: str) -> Callable[..., Any]:
+    from unspool.models.wan import load
+
+    return getattr(load, name)
+
+
+def _select(prompts: Prompts, layer: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values [b g, rows, heads, d] of one layer: g = 1, or one group per latent frame."""
+    k, v = prompts.keys[layer].flatten(0, 1), prompts.values[layer].flatten(0, 1)
+    return (k, v) if index is None else (k.index_select(0, index), v.index_select(0, index))

@@ -1,0 +1,56 @@
+"""torch.compile where it pays, with one notice and plain eager code where no compiler is at hand."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from unspool.log import notice_once
+
+
+@lru_cache(maxsize=1)
+def compiler_works() -> bool:
+    """True when torch.compile can build and run a kernel here; else the reason is told once and eager code runs."""
+
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        return (x * 2 + 1).sin()
+
+    try:
+        # A kernel of its own: the answer must not depend on what was compiled before.
+        torch.compile(probe, fullgraph=True)(torch.zeros(3))
+    except Exception as error:  # inductor raises many kinds for one cause: no C++ compiler, no Triton
+        reason = str(error).strip().splitlines()
+        notice_once(
+            "no-compiler",
+            f"torch.compile is not usable here ({reason[0] if reason else type(error).__name__}); "
+            "running uncompiled, about 1.3x slower on a CPU. A C++ compiler (g++ or clang) enables it.",
+        )
+        return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def compiled(name: str) -> Callable[..., Any]:
+    """The function `module:name`, compiled once per process, or as it is where no compiler works."""
+    module, _, attribute = name.partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    return torch.compile(function, fullgraph=True) if compiler_works() else function
+
+
+def compile_backbone(network: nn.Module) -> nn.Module:
+    """Compile the methods that the network's blocks name in `compiled_methods`, in place, and return it.
+
+    Attention over the past stays outside: its sizes change from chunk to chunk while the rest is static, so nothing is
+    compiled twice for a growing cache. Weights and results keep their meaning; only rounding may differ.
+    """
+    if not compiler_works():
+        return network
+    for module in network.modules():
+        for method in getattr(type(module), "compiled_methods", ()):
+            setattr(module, method, torch.compile(getattr(module, method), fullgraph=True))
+    return network

@@ -1,0 +1,22 @@
+"""Array types of the library: one name per layout, checked at run time only in tests.
+
+Latents are `b t c h w` (t counts latent frames), pixels `b f c y x` in [-1, 1], tokens `b n heads d`.
+A dimension written with `#` broadcasts: a sigma of shape [1, 1] holds for every sample and latent frame.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Latent: TypeAlias = Float[Tensor, "b t c h w"]
+Prediction: TypeAlias = Float[Tensor, "b t c h w"]
+Pixels: TypeAlias = Float[Tensor, "b f c y x"]
+Sigma: TypeAlias = Float[Tensor, "#b #t"]
+Tokens: TypeAlias = Float[Tensor, "b n heads d"]
+Hidden: TypeAlias = Float[Tensor, "b n width"]
+TextStates: TypeAlias = Float[Tensor, "b prompts rows channels"]
+PromptIndex: TypeAlias = Int[Tensor, "#b t"]
+FrameVectors: TypeAlias = Float[Tensor, "#b t channels"]
