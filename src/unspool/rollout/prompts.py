@@ -1,0 +1,149 @@
+"""Prompts over the time of a stream: what text each chunk follows and how the past is treated at a switch.
+
+A switch takes effect at the first chunk that starts at or after its latent frame. Policies:
+
+- `keep`: the text changes, cached keys keep the old prompt (CausVid's only form).
+- `recache`: keys and values of the kept clean latents are computed again under the new text, causal chunk by chunk.
+- `recache_bidirectional`: the same in one forward in which all recached frames see each other: LongLive 1.0 as
+  published (arXiv:2509.22622) and as its weights were trained, its unprotected early sink included.
+- `flush`: the cache forgets all but the sink and the last latent frame (Infinity-RoPE, arXiv:2511.20649).
+
+`sink` says what a recache does with the sink: `kept` leaves its keys under the old prompt, `replaced` makes the oldest
+recached latent frames the new sink, `recomputed` computes it again from the stream's true first latent frames.
+`over` blends the old text into the new one linearly over that many chunks (policy `keep` only).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from unspool.causal.cache.snapshot import Snapshot
+
+MAX_BLEND = 64  # chunks: as far back as a stream remembers where its chunks started
+
+SwitchPolicy = Literal["keep", "recache", "recache_bidirectional", "flush"]
+SinkPolicy = Literal["kept", "replaced", "recomputed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """One change of prompt. `text` [b, rows, channels]; fields as in the module's docstring."""
+
+    frame: int
+    text: Tensor
+    policy: SwitchPolicy = "recache"
+    sink: SinkPolicy = "kept"
+    over: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("policy", self.policy, get_args(SwitchPolicy)),
+            ("sink", self.sink, get_args(SinkPolicy)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}: expected one of {choices}")
+        if self.frame < 0 or not 1 <= self.over <= MAX_BLEND:
+            raise ValueError(f"frame={self.frame}, over={self.over}: expected frame >= 0 and over in 1..{MAX_BLEND}")
+        if self.over > 1 and self.policy != "keep":
+            raise ValueError(
+                f"over={self.over} blends texts and policy={self.policy!r} acts once; use policy='keep' with over > 1"
+            )
+        check_text(self.text)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What holds for one chunk: index of the prompt, weight of its text against the previous one, switch that begins."""
+
+    prompt: int
+    weight: float
+    begins: Switch | None
+
+
+def check_text(text: Tensor) -> None:
+    """Raise ValueError unless `text` is finite [b, rows, channels]."""
+    if text.ndim != 3:
+        raise ValueError(f"text of shape {tuple(text.shape)}: expected [b, rows, channels]")
+    if not bool(torch.isfinite(text).all()):
+        raise ValueError("text holds NaN or infinity; expected finite values: check the text encoder's dtype")
+
+
+class PromptTimeline:
+    """The prompts of a stream in order of time; switches may be added while it runs."""
+
+    def __init__(self, text: Tensor, switches: list[Switch] | None = None) -> None:
+        check_text(text)
+        self.first = text
+        self.pruned = 0  # switches that were forgotten because later ones took over
+        self.switches: list[Switch] = []
+        for switch in switches or []:
+            self.add(switch)
+
+    def add(self, switch: Switch) -> None:
+        """Append a switch. Raises ValueError out of order or with another batch or width."""
+        if self.switches and switch.frame < self.switches[-1].frame:
+            raise ValueError(
+                f"switch at latent frame {switch.frame} after one at {self.switches[-1].frame}; add them in order"
+            )
+        if switch.text.shape[0] != self.first.shape[0] or switch.text.shape[2] != self.first.shape[2]:
+            raise ValueError(
+                f"switch text {tuple(switch.text.shape)}: expected [{self.first.shape[0]}, rows, {self.first.shape[2]}]"
+            )
+        self.switches.append(switch)
+
+    def moment(self, starts: list[int]) -> Moment:
+        """What holds for the last of the chunks that start at `starts` (all starts of the stream so far)."""
+        current, previous = starts[-1], (starts[-2] if len(starts) > 1 else -1)
+        index = sum(1 for s in self.switches if s.frame <= current)
+        if index == 0:
+            return Moment(self.pruned, 1.0, None)
+        switch = self.switches[index - 1]
+        begins = switch if switch.frame > previous else None
+        since = sum(1 for start in starts if start >= switch.frame)
+        return Moment(self.pruned + index, min(1.0, since / switch.over), begins)
+
+    def text(self, index: int) -> Tensor:
+        """Text of a prompt by its number in the stream."""
+        index -= self.pruned
+        if index < 0:
+            raise ValueError(f"prompt {index + self.pruned} is over and was forgotten")
+        return self.first if index == 0 else self.switches[index - 1].text
+
+    def prune(self, start: int) -> None:
+        """Forget switches that no chunk from the one at `start` on can follow, so that a stream's bytes stay bounded."""
+        while sum(1 for s in self.switches if s.frame <= start) > 2:
+            self.first = self.switches.pop(0).text
+            self.pruned += 1
+
+    def blended(self, moment: Moment) -> Tensor:
+        """Text [b, rows, channels] of a moment; exactly the new text once the blend is over."""
+        new = self.text(moment.prompt)
+        if moment.weight >= 1.0:
+            return new
+        old = self.text(moment.prompt - 1)
+        rows = max(old.shape[1], new.shape[1])
+        old, new = (torch.nn.functional.pad(t, (0, 0, 0, rows - t.shape[1])) for t in (old, new))
+        return torch.lerp(old, new, moment.weight)
+
+    def snapshot(self) -> Snapshot:
+        tensors = {"text.0": self.first.detach().clone()}
+        tensors.update({f"text.{i + 1}": s.text.detach().clone() for i, s in enumerate(self.switches)})
+        facts: dict[str, Any] = {
+            "pruned": self.pruned,
+            "switches": [{"frame": s.frame, "policy": s.policy, "sink": s.sink, "over": s.over} for s in self.switches],
+        }
+        return Snapshot(tensors, facts)
+
+    @staticmethod
+    def restored(snapshot: Snapshot) -> PromptTimeline:
+        switches = [
+            Switch(text=snapshot.tensors[f"text.{i + 1}"], **fields)
+            for i, fields in enumerate(snapshot.facts["switches"])
+        ]
+        timeline = PromptTimeline(snapshot.tensors["text.0"], switches)
+        timeline.pruned = snapshot.facts["pruned"]
+        return timeline

@@ -1,0 +1,128 @@
+"""Which latent frames are computed again at a prompt switch, and what the stream remembers for it.
+
+Ranges follow LongLive 1.0 (arXiv:2509.22622) for windows; with full visibility everything is recached. A chunk that the
+window cuts is recached whole, because its frames were computed together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from unspool.causal.cache.snapshot import Snapshot
+from unspool.causal.chunks import ChunkPlan, FrameSet
+from unspool.causal.visibility import Kind, Pass, Segment, Since, Visibility, Window, sink_of
+from unspool.rollout.prompts import SinkPolicy
+
+
+@dataclass(frozen=True)
+class RecachePlan:
+    """`visibility` from now on, `forget` frames that leave the cache first, `passes` forwards to run in order."""
+
+    visibility: Visibility
+    forget: FrameSet
+    passes: tuple[Pass, ...]
+
+
+def plan_recache(
+    visibility: Visibility,
+    held: FrameSet,
+    plan: ChunkPlan,
+    now: int,
+    *,
+    sink: SinkPolicy,
+    bidirectional: bool,
+    sigma: float,
+) -> RecachePlan:
+    """What a switch at latent frame `now` recomputes. `held`: promoted frames of the cache."""
+    if now == 0:
+        return RecachePlan(visibility, FrameSet(), ())
+    base = visibility.base if isinstance(visibility, Since) else visibility
+    if not isinstance(base, Window):
+        return RecachePlan(visibility, held, _passes(held, FrameSet(), plan, now, bidirectional, sigma))
+    if bidirectional and base.window >= now:
+        sink = "replaced"  # as published: a recache that reaches frame 0 does not spare the sink
+    if sink == "replaced":
+        start = max(0, now - base.window)
+        moved: Visibility = replace(base, sink_start=start)
+        moved = replace(visibility, base=moved) if isinstance(visibility, Since) else moved
+        frames = FrameSet.of((max(start, _floor(visibility)), now))
+        return RecachePlan(moved, held, _passes(frames, FrameSet(), plan, now, bidirectional, sigma))
+    if sink == "recomputed":
+        base = replace(base, sink_start=0)
+        visibility = replace(visibility, base=base) if isinstance(visibility, Since) else base
+    kept = sink_of(base) & FrameSet.of((0, now))
+    start = max(now - (base.window - base.sink), _floor(visibility), 0)
+    recent = FrameSet.of((start, now)) - kept
+    if sink == "recomputed":
+        passes = _passes(recent | kept, FrameSet(), plan, now, bidirectional, sigma)
+        return RecachePlan(visibility, held, passes)
+    return RecachePlan(visibility, held - kept, _passes(recent, kept & held, plan, now, bidirectional, sigma))
+
+
+def _floor(visibility: Visibility) -> int:
+    return visibility.floor if isinstance(visibility, Since) else 0
+
+
+def _passes(
+    frames: FrameSet, kept: FrameSet, plan: ChunkPlan, now: int, bidirectional: bool, sigma: float
+) -> tuple[Pass, ...]:
+    """One forward: segments of whole chunks, or one segment per run of frames when all see each other."""
+    spans: list[range] = []
+    for start, end in frames.intervals:
+        if bidirectional:
+            spans.append(range(start, end))
+            continue
+        for chunk in plan.chunks(start, end):
+            whole = FrameSet.of((chunk.start, min(chunk.stop, now))) - kept
+            spans += [range(a, b) for a, b in whole.intervals]
+    unique = sorted({(s.start, s.stop) for s in spans})
+    readable = kept | FrameSet.of(*unique)
+    segments = tuple(
+        Segment(kind=Kind.RECACHE, frames=range(a, b), sigma=sigma, limit=readable) for a, b in unique
+    )
+    return (segments,) if segments else ()
+
+
+class CleanHistory:
+    """Finished latents of the stream, chunk by chunk: as many as a recache can ask for.
+
+    Bounded for a window (the sink's chunks and the last `window` latent frames, rounded up to chunks); with full
+    visibility all of them.
+    """
+
+    def __init__(self, plan: ChunkPlan, window: int | None, sink: int) -> None:
+        self.plan = plan
+        self.window = window
+        self.sink = sink
+        self.chunks: dict[int, Tensor] = {}
+
+    def add(self, frames: range, latents: Tensor) -> None:
+        """Keep a finished chunk [b, k, c, h, w] and forget what no recache can reach."""
+        self.chunks[self.plan.chunk_of(frames.start)] = latents.detach()
+        if self.window is None:
+            return
+        oldest = self.plan.chunk_of(max(0, frames.stop - self.window))
+        last_sink = self.plan.chunk_of(self.sink - 1) if self.sink else -1
+        for index in [i for i in self.chunks if last_sink < i < oldest]:
+            del self.chunks[index]
+
+    def take(self, frames: range) -> Tensor:
+        """Clean latents [b, frames, c, h, w]. Raises ValueError when they were not kept."""
+        import torch
+
+        parts = []
+        for chunk in self.plan.chunks(frames.start, frames.stop):
+            index = self.plan.chunk_of(chunk.start)
+            if index not in self.chunks:
+                raise ValueError(f"clean latents of chunk {index} were not kept; kept are {sorted(self.chunks)}")
+            a, b = max(frames.start, chunk.start), min(frames.stop, chunk.stop)
+            parts.append(self.chunks[index][:, a - chunk.start : b - chunk.start])
+        return torch.cat(parts, dim=1)
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot({f"chunk.{i}": t.detach().clone() for i, t in self.chunks.items()}, {})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self.chunks = {int(name.split(".")[1]): t.clone() for name, t in sorted(snapshot.tensors.items())}

@@ -1,0 +1,412 @@
+"""THE autoregressive loop: inference, streaming, evaluation, on-policy training and trajectories all call it.
+
+Per chunk: noise, one forward per step (each only stages K/V), emit, then a commit pass on the finished latents whose
+K/V later chunks read (arXiv:2412.07772 algorithm 2; arXiv:2506.08009). The commit of a chunk runs when the next chunk
+is asked for, so a finished chunk is handed over first and the last one is never committed in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unspool.causal.cache.kv import KVCache
+from unspool.causal.cache.snapshot import Snapshot, merge
+from unspool.causal.chunks import ChunkPlan, FrameSet
+from unspool.causal.position import Absolute, PositionPolicy
+from unspool.causal.visibility import Kind, Segment, Since, Visibility, Window, check_window, sink_of
+from unspool.diffusion.flow import FlowMatching
+from unspool.diffusion.process import Process
+from unspool.diffusion.schedule import Schedule
+from unspool.models.base import Backbone, Prompts
+from unspool.rollout.branches import Branches, FrameConditions
+from unspool.rollout.guidance import Guidance
+from unspool.rollout.noise import NoiseSource
+from unspool.rollout.prompts import MAX_BLEND, Moment, PromptTimeline, Switch
+from unspool.rollout.recache import CleanHistory, plan_recache
+from unspool.rollout.solvers.base import Solver
+from unspool.rollout.solvers.fewstep import FewStep
+
+
+class Cancelled(Exception):
+    """A rollout was asked to stop between two passes; the chunk can be asked for again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """All that decides what a rollout computes, besides network, prompts and noise.
+
+    Fields: `plan` chunks; `schedule` denoising levels of every chunk, `first_schedule` of chunk 0 where it differs
+    (None: the same); `visibility`, `positions`; `solver`, `guidance`, `process`; `sigma_commit` noise level told at
+    the commit pass (the latents stay clean); `commit`: "separate" (steps + 1 forwards a chunk), "fused" (in one
+    forward with the next chunk's first step: steps forwards), "none" (the last step's K/V are kept: steps forwards).
+    """
+
+    plan: ChunkPlan
+    schedule: Schedule
+    visibility: Visibility
+    positions: PositionPolicy = Absolute()
+    solver: Solver = FewStep()
+    guidance: Guidance = Guidance()
+    process: Process = FlowMatching()
+    first_schedule: Schedule | None = None
+    sigma_commit: float = 0.0
+    commit: Literal["separate", "fused", "none"] = "separate"
+
+    def __post_init__(self) -> None:
+        check_window(self.visibility, self.plan.longest)
+        if not 0.0 <= self.sigma_commit <= 1.0:
+            raise ValueError(f"sigma_commit={self.sigma_commit}: expected a noise level in [0, 1], 0 for clean")
+        if self.commit not in ("separate", "fused", "none"):
+            raise ValueError(f"commit={self.commit!r}: expected 'separate', 'fused' or 'none'")
+
+    def schedule_of(self, chunk: int) -> Schedule:
+        return self.first_schedule if chunk == 0 and self.first_schedule is not None else self.schedule
+
+    @property
+    def fingerprint(self) -> str:
+        """What a snapshot must agree with."""
+        return repr(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One finished chunk: `latents` [b, k, c, h, w], its `frames` in the stream, and the prompt it followed."""
+
+    index: int
+    frames: range
+    latents: Tensor
+    prompt: int
+    switched: bool
+
+
+class Rollout:
+    """One batch of streams, generated chunk by chunk.
+
+    Args:
+        backbone: the network; it is not changed and may serve other rollouts in between.
+        config: what to compute. text: first prompt [b, rows, channels], or a PromptTimeline with switches.
+        noise: counter-based or recorded. latent_size: latent (rows, columns).
+        prefix: given clean latents [b, n, c, h, w], n whole chunks (extension; 1 with `plan.first=1` starts from an
+            image). negative: text of the unconditional branch for guidance.
+        frame_conditions: extra inputs per latent frame. cancel: asked before each pass, True raises `Cancelled`.
+        grad: (chunk, step) -> bool, which passes keep gradients (step = number of steps stands for the commit pass).
+        dtype: of the latents between passes. cache_dtype: of K/V (default: of the network's weights).
+    Raises ValueError before any work when something does not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: RolloutConfig,
+        text: Tensor | PromptTimeline,
+        *,
+        noise: NoiseSource,
+        latent_size: tuple[int, int],
+        prefix: Tensor | None = None,
+        negative: Tensor | None = None,
+        frame_conditions: FrameConditions | None = None,
+        cancel: Callable[[], bool] | None = None,
+        grad: Callable[[int, int], bool] | None = None,
+        dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype | None = None,
+        compiled: bool = False,
+        latent_channels: int | None = None,
+    ) -> None:
+        self.backbone, self.config, self.noise = backbone, config, noise
+        self.timeline = text if isinstance(text, PromptTimeline) else PromptTimeline(text)
+        self.batch = self.timeline.first.shape[0]
+        self.cancel, self.grad = cancel, grad
+        weight = next(backbone.parameters())  # type: ignore[attr-defined]
+        self.device = weight.device
+        self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        channels = latent_channels if latent_channels is not None else backbone.latent_channels  # type: ignore[attr-defined]
+        self.shape = (self.batch, channels, *latent_size)
+        self.visibility = config.visibility
+        tokens = backbone.tokens_per_frame(*latent_size)
+
+        def make_cache(rows: int) -> KVCache:
+            return KVCache(
+                backbone.sites, batch=rows, tokens_per_frame=tokens, visibility=config.visibility,
+                positions=config.positions, dtype=cache_dtype or weight.dtype, device=weight.device, compiled=compiled,
+            )  # fmt: skip
+
+        self._check_prefix(prefix)
+        self.branches = Branches(backbone, make_cache, config.guidance, negative, self.batch, frame_conditions)
+        base = config.visibility.base if isinstance(config.visibility, Since) else config.visibility
+        window = base.capacity if isinstance(base, Window) else None
+        self.history = CleanHistory(config.plan, window, len(sink_of(base)))
+        self.index = 0  # of the next chunk
+        self.starts: list[int] = []  # of the chunks so far, as far back as a blend of prompts can reach
+        self._pending: tuple[int, Moment] | None = None  # chunk that waits for its commit pass
+        self._tail: Tensor | None = None  # its latents
+        self._entered = -1  # chunk whose switch has been carried out
+        self._sigmas: dict[float, Tensor] = {}
+        if prefix is not None:
+            self._prefill(prefix)
+
+    # ---- what callers use --------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The chunks until the end of the plan (endless without `plan.num_frames`)."""
+        while not self.is_finished:
+            yield self.next_chunk()
+
+    @property
+    def is_finished(self) -> bool:
+        count = self.config.plan.num_chunks
+        return count is not None and self.index >= count
+
+    def next_chunk(self) -> Chunk:
+        """Generate the next chunk. Raises Cancelled between passes, ValueError past the end of the plan."""
+        frames = self.config.plan.frames(self.index)
+        starts = [*self.starts, frames.start]
+        moment = self.timeline.moment(starts)
+        try:
+            with self._grad_mode(False):
+                self._enter(frames.start, moment)
+            latents = self._denoise(frames, moment)
+        except BaseException:
+            self.branches.discard()
+            raise
+        self.history.add(frames, latents)
+        self.starts = starts[-MAX_BLEND:]
+        self.timeline.prune(frames.start)
+        if self.config.commit == "none":
+            self.branches.promote(keep_graph=self._wants_grad(self.index, self.config.schedule_of(self.index).num_steps))
+        else:
+            self._pending, self._tail = (self.index, moment), latents
+        chunk = Chunk(
+            index=self.index, frames=frames, latents=latents, prompt=moment.prompt, switched=moment.begins is not None
+        )
+        self.index += 1
+        return chunk
+
+    def switch(self, text: Tensor, *, frame: int | None = None, **how: Any) -> Switch:
+        """Change the prompt from the next chunk on (or from latent frame `frame`); options as `Switch`."""
+        start = self.config.plan.frames(self.index).start
+        switch = Switch(frame=start if frame is None else max(frame, start), text=text, **how)
+        self.timeline.add(switch)
+        return switch
+
+    def finish(self) -> None:
+        """Run a commit pass that is still due."""
+        if self._pending is None:
+            return
+        index, moment = self._pending
+        assert self._tail is not None
+        frames = self.config.plan.frames(index)
+        self._check_cancel()
+        segment = Segment(kind=Kind.COMMIT, frames=frames, sigma=self.config.sigma_commit)
+        wants = self._wants_grad(index, self.config.schedule_of(index).num_steps)
+        with self._grad_mode(wants):
+            prompts = self.branches.prompts(self.timeline, moment)
+            self.branches.run((segment,), self._tail, self._sigma(self.config.sigma_commit), prompts)
+            self.branches.promote(keep_graph=wants)
+        self._pending, self._tail = None, None
+
+    # ---- a chunk -----------------------------------------------------------------------------------------------
+
+    def _enter(self, start: int, moment: Moment) -> None:
+        """Commit what is due and carry out a prompt switch, once."""
+        switching = moment.begins is not None and self._entered != self.index
+        if self.config.commit != "fused" or switching or self.grad is not None:
+            self.finish()
+        if switching:
+            assert moment.begins is not None
+            self._switch(moment.begins, moment, start)
+        self._entered = self.index
+
+    def _denoise(self, frames: range, moment: Moment) -> Tensor:
+        config = self.config
+        schedule = config.schedule_of(self.index)
+        x = self._draw(frames, 0)
+        if schedule.sigmas[0] < 1.0:
+            raise ValueError(
+                f"schedule starts at sigma {schedule.sigmas[0]}: a rollout from noise starts at 1.0; "
+                "starting lower needs an input video"
+            )
+        state = config.solver.start()
+        segment = Segment(kind=Kind.DENOISE, frames=frames)
+        for step in schedule.steps:
+            self._check_cancel()
+            with self._grad_mode(self._wants_grad(self.index, step.index)):
+                prompts = self.branches.prompts(self.timeline, moment)
+                at = replace(segment, sigma=step.sigma)
+                prediction = self._forward(at, x, step.conditioning, prompts)
+                x0 = config.process.to_x0(x, prediction.to(x.dtype), step.sigma)
+                noise: Callable[[], Tensor] = lambda index=step.index: self._draw(frames, index + 1)  # type: ignore[misc]
+                x, state = config.solver.step(x, x0, step.sigma, step.next_sigma, noise, state)
+        return x
+
+    def _forward(self, segment: Segment, x: Tensor, told: float, prompts: list[Prompts]) -> Tensor:
+        """Prediction for one denoising pass, with the previous chunk's commit in the same forward where that is due."""
+        if self._pending is None:
+            return self.branches.run((segment,), x, self._sigma(told), prompts)
+        index, moment = self._pending
+        assert self._tail is not None
+        before = self.config.plan.frames(index)
+        commit = Segment(kind=Kind.COMMIT, frames=before, sigma=self.config.sigma_commit)
+        levels = [self.config.sigma_commit] * len(before) + [told] * len(segment.frames)
+        sigma = torch.tensor([levels], dtype=torch.float64, device=self.device)
+        old = self.branches.prompts(self.timeline, moment)
+        joined, which = prompts, None
+        if old is not prompts:
+            joined = [Prompts.join([a, b], 1) for a, b in zip(old, prompts, strict=True)]
+            which = torch.tensor([[0] * len(before) + [1] * len(segment.frames)])
+        latents = torch.cat([self._tail, x], dim=1)
+        prediction = self.branches.run((commit, segment), latents, sigma, joined, which)
+        self.branches.promote()
+        self._pending, self._tail = None, None
+        return prediction[:, len(before) :]
+
+    def _draw(self, frames: range, step: int) -> Tensor:
+        return self.noise.draw(frames, step, self.shape, self.dtype, self.device)  # type: ignore[arg-type]
+
+    def _sigma(self, sigma: float) -> Tensor:
+        if sigma not in self._sigmas:
+            self._sigmas[sigma] = torch.tensor([[sigma]], dtype=torch.float64, device=self.device)
+        return self._sigmas[sigma]
+
+    def _check_cancel(self) -> None:
+        if self.cancel is not None and self.cancel():
+            raise Cancelled(f"cancelled in chunk {self.index}; next_chunk() starts it again")
+
+    def _wants_grad(self, chunk: int, step: int) -> bool:
+        return self.grad is not None and torch.is_grad_enabled() and self.grad(chunk, step)
+
+    def _grad_mode(self, wants: bool) -> AbstractContextManager[None]:
+        return torch.set_grad_enabled(wants)  # type: ignore[return-value]
+
+    # ---- prompt switches and given latents ---------------------------------------------------------------------
+
+    def _switch(self, switch: Switch, moment: Moment, now: int) -> None:
+        """Treat the past as the switch asks."""
+        cache = self.branches.caches[0]
+        if switch.policy == "keep" or now == 0:
+            return
+        if switch.policy == "flush":
+            keep = sink_of(self.visibility) & cache.frames
+            self._see(Since(base=_base(self.visibility), floor=now - 1, keep=keep))
+            for each in self.branches.caches:
+                each.drop(each.frames - (keep | FrameSet.of((now - 1, now))))
+            return
+        plan = plan_recache(
+            self.visibility, cache.frames, self.config.plan, now, sink=switch.sink,
+            bidirectional=switch.policy == "recache_bidirectional", sigma=self.config.sigma_commit,
+        )  # fmt: skip
+        self._see(plan.visibility)
+        for each in self.branches.caches:
+            each.drop(plan.forget)
+        prompts = self.branches.prompts(self.timeline, moment)
+        for segments in plan.passes:
+            self._check_cancel()
+            latents = torch.cat([self.history.take(s.frames) for s in segments], dim=1)
+            self.branches.run(segments, latents, self._sigma(self.config.sigma_commit), prompts)
+            self.branches.promote()
+
+    def _see(self, visibility: Visibility) -> None:
+        self.visibility = visibility
+        for cache in self.branches.caches:
+            cache.visibility = visibility
+
+    def _check_prefix(self, prefix: Tensor | None) -> None:
+        if prefix is None:
+            return
+        expected = (self.batch, "n", *self.shape[1:])
+        if prefix.ndim != 5 or (prefix.shape[0], *prefix.shape[2:]) != (self.batch, *self.shape[1:]):
+            raise ValueError(f"prefix of shape {tuple(prefix.shape)}: expected [b, n, c, h, w] = {expected}")
+        if not bool(torch.isfinite(prefix).all()):
+            raise ValueError("prefix latents hold NaN or infinity; expected finite values: check the encoder")
+        count, plan = prefix.shape[1], self.config.plan
+        ends = [c.stop for c in plan.chunks(0, count)]
+        if not ends or ends[-1] != count:
+            low = ends[-2] if len(ends) > 1 else 0
+            raise ValueError(
+                f"prefix of {count} latent frames ends inside a chunk; expected a chunk boundary: give "
+                f"{f'{low} or ' if low else ''}{ends[-1] if ends else plan.lead}, or set ChunkPlan(first=...)"
+            )
+
+    def _prefill(self, prefix: Tensor) -> None:
+        """Commit given latents chunk by chunk under the first prompt; generation goes on after them."""
+        prefix = prefix.to(self.device, self.dtype)
+        with torch.no_grad():
+            for frames in self.config.plan.chunks(0, prefix.shape[1]):
+                self.starts.append(frames.start)
+                moment = self.timeline.moment(self.starts)
+                latents = prefix[:, frames.start : frames.stop]
+                segment = Segment(kind=Kind.PREFILL, frames=frames, sigma=self.config.sigma_commit)
+                prompts = self.branches.prompts(self.timeline, moment)
+                self.branches.run((segment,), latents, self._sigma(self.config.sigma_commit), prompts)
+                self.branches.promote()
+                self.history.add(frames, latents)
+                self.index += 1
+        self.starts = self.starts[-MAX_BLEND:]
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """All that this stream needs to go on elsewhere, bit for bit: `Snapshot.to_bytes()` stores it."""
+        visibility = self.visibility
+        floor, keep = (visibility.floor, visibility.keep.intervals) if isinstance(visibility, Since) else (None, ())
+        base = _base(visibility)
+        facts: dict[str, Any] = {
+            "config": self.config.fingerprint,
+            "shape": list(self.shape),
+            "index": self.index,
+            "entered": self._entered,
+            "starts": self.starts,
+            "pending": None if self._pending is None else [self._pending[0], *_moment_facts(self._pending[1])],
+            "sink_start": base.sink_start if isinstance(base, Window) else None,
+            "floor": floor,
+            "keep": keep,
+        }
+        parts = {
+            "branches": self.branches.snapshot(),
+            "history": self.history.snapshot(),
+            "timeline": self.timeline.snapshot(),
+        }
+        return merge(parts, facts)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot of a rollout of the same configuration, network and noise. Raises ValueError if not."""
+        facts = snapshot.facts
+        if facts.get("config") != self.config.fingerprint or facts.get("shape") != list(self.shape):
+            raise ValueError(
+                f"snapshot of shape {facts.get('shape')} and {facts.get('config')}: expected {list(self.shape)} and "
+                f"{self.config.fingerprint}; make the rollout with the configuration of the snapshot"
+            )
+        base = _base(self.config.visibility)
+        if facts["sink_start"] is not None:
+            base = replace(base, sink_start=facts["sink_start"])  # type: ignore[type-var]
+        if facts["floor"] is not None:
+            base = Since(base=base, floor=facts["floor"], keep=FrameSet.of(*map(tuple, facts["keep"])))
+        self._see(base)
+        self.branches.restore(snapshot.nested("branches"))
+        self.history.restore(snapshot.nested("history"))
+        self.timeline = PromptTimeline.restored(snapshot.nested("timeline"))
+        self.index, self._entered, self.starts = facts["index"], facts["entered"], list(facts["starts"])
+        self._pending, self._tail = None, None
+        if facts["pending"] is not None:
+            index, prompt, weight = facts["pending"]
+            self._pending, self._tail = (index, Moment(prompt, weight, None)), self.history.chunks[index]
+
+
+def _base(visibility: Visibility) -> Visibility:
+    return visibility.base if isinstance(visibility, Since) else visibility
+
+
+def _moment_facts(moment: Moment) -> list[Any]:
+    return [moment.prompt, moment.weight]
+
+
+def rollout(
+    backbone: Backbone, config: RolloutConfig, text: Tensor | PromptTimeline, **options: Any
+) -> Iterator[Chunk]:
+    """The chunks of one batch of streams; options as `Rollout`."""
+    return iter(Rollout(backbone, config, text, **options))
