@@ -239,7 +239,7 @@ class Rollout:
                 prompts = self.branches.prompts(self.timeline, moment)
                 at = replace(segment, sigma=step.sigma)
                 prediction = self._forward(at, x, step.conditioning, prompts)
-                x0 = config.process.to_x0(x, prediction.to(x.dtype), step.sigma)
+                x0 = config.process.to_x0(x, prediction, step.sigma)
                 noise: Callable[[], Tensor] = lambda index=step.index: self._draw(frames, index + 1)  # type: ignore[misc]
                 x, state = config.solver.step(x, x0, step.sigma, step.next_sigma, noise, state)
         return x
