@@ -48,9 +48,7 @@ class FrameSet:
         return FrameSet.of(*self.intervals, *other.intervals)
 
     def __and__(self, other: FrameSet) -> FrameSet:
-        return FrameSet.of(
-            *((max(a, c), min(b, d)) for a, b in self.intervals for c, d in other.intervals)
-        )
+        return FrameSet.of(*((max(a, c), min(b, d)) for a, b in self.intervals for c, d in other.intervals))
 
     def __sub__(self, other: FrameSet) -> FrameSet:
         spans = list(self.intervals)

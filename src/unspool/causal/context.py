@@ -1,7 +1,7 @@
 """All that one forward knows of time: a network hands over q, k, v and gets attention back.
 
-Two forms: `FullSequence` (training and the bidirectional teacher) here, and the views of a `KVCache` (rollout). Both are
-immutable, so recomputation under gradient checkpointing sees what the forward saw.
+Two forms: `FullSequence` (training and the bidirectional teacher) here, and the views of a `KVCache` (rollout). Both
+are immutable, so recomputation under gradient checkpointing sees what the forward saw.
 """
 
 from __future__ import annotations

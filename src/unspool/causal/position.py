@@ -16,13 +16,14 @@ from unspool.causal.visibility import Segment
 
 @runtime_checkable
 class PositionPolicy(Protocol):
-    """Positions of what a segment reads and of the segment itself.
+    """Positions of what a segment reads and of the segment itself."""
 
-    `moves_keys`: the position of a kept frame relative to the others can change after it was written, so that a cache
-    has to keep something from which to rotate it anew.
-    """
+    @property
+    def moves_keys(self) -> bool:
+        """Whether a kept frame can move against the others after it was written, so that its key is rotated anew."""
+        ...
 
-    moves_keys: bool
+    def __hash__(self) -> int: ...  # masks are remembered per policy
 
     def assign(self, segment: Segment, kept: FrameSet) -> tuple[list[int], list[int]]:
         """Positions of the `kept` past frames, in ascending order of frame, and of the segment's own frames."""

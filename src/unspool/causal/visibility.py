@@ -6,7 +6,7 @@ counted in latent frames, the current chunk and the sink included, back from the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal, Protocol, runtime_checkable
 
@@ -50,11 +50,16 @@ Pass = tuple[Segment, ...]  # segments of one forward, in the order in which the
 class Visibility(Protocol):
     """Which past latent frames a segment reads. Once a chunk has dropped a frame no later one may ask for it."""
 
-    within: Literal["full", "causal"]
+    @property
+    def within(self) -> Literal["full", "causal"]:
+        """What a latent frame reads of its own chunk: all of it, or itself and the frames before it."""
+        ...
 
     def visible(self, segment: Segment) -> FrameSet:
         """Past latent frames (all below `segment.frames.start`) that the segment reads."""
         ...
+
+    def __hash__(self) -> int: ...  # masks are remembered per visibility
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +126,10 @@ class Since:
 
     base: Visibility
     floor: int
-    keep: FrameSet = FrameSet()
+    keep: FrameSet = field(default_factory=FrameSet)
 
     @property
-    def within(self) -> Literal["full", "causal"]:  # type: ignore[override]
+    def within(self) -> Literal["full", "causal"]:
         return self.base.within
 
     def visible(self, segment: Segment) -> FrameSet:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unspool.causal.context import Context, Site
+from unspool.shapes import Latent, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class Text:
             states = states[:, None]
         if states.ndim != 4:
             raise ValueError(
-                f"text states of shape {tuple(states.shape)}: expected [b, rows, channels] or [b, prompts, rows, channels]"
+                f"text states of shape {tuple(states.shape)}: expected [b, rows, channels] or "
+                "[b, prompts, rows, channels]"
             )
         return Text(states=states)
 
@@ -88,6 +91,15 @@ class Backbone(Protocol):
         """Every self-attention that a cache must serve."""
         ...
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that come in and go out."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights; device and dtype of caches follow the first."""
+        ...
+
     def tokens_per_frame(self, rows: int, columns: int) -> int:
         """Tokens of a latent frame of `rows` x `columns`. Raises ValueError off the patch grid."""
         ...
@@ -96,4 +108,23 @@ class Backbone(Protocol):
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning, context: Context) -> Tensor:
         """Prediction [b, t, c, h, w] for latents `x` [b, t, c, h, w] at noise levels `sigma` [b|1, t|1]."""
+        ...
+
+
+State = TypeVar("State")
+
+
+@runtime_checkable
+class Codec(Protocol[State]):
+    """Pixels to latents and back, whole and as a stream whose state the caller keeps (None starts a stream).
+
+    Decoding chunk by chunk gives the pixels of decoding at once (1e-5 in fp32), for any chunks and interleaved streams.
+    """
+
+    def encode(self, pixels: Pixels) -> Latent: ...
+
+    def decode(self, latents: Latent) -> Pixels: ...
+
+    def decode_stream(self, latents: Latent, state: State | None) -> tuple[Pixels, State]:
+        """Pixels that the next latents complete, and the state for the call after."""
         ...

@@ -57,7 +57,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class Moment:
-    """What holds for one chunk: index of the prompt, weight of its text against the previous one, switch that begins."""
+    """What holds for one chunk: number of its prompt, weight of that text against the one before, switch it begins."""
 
     prompt: int
     weight: float
@@ -114,7 +114,7 @@ class PromptTimeline:
         return self.first if index == 0 else self.switches[index - 1].text
 
     def prune(self, start: int) -> None:
-        """Forget switches that no chunk from the one at `start` on can follow, so that a stream's bytes stay bounded."""
+        """Forget switches that no chunk from the one at `start` on can follow: a stream's bytes stay bounded."""
         while sum(1 for s in self.switches if s.frame <= start) > 2:
             self.first = self.switches.pop(0).text
             self.pruned += 1

@@ -79,9 +79,7 @@ def _passes(
             spans += [range(a, b) for a, b in whole.intervals]
     unique = sorted({(s.start, s.stop) for s in spans})
     readable = kept | FrameSet.of(*unique)
-    segments = tuple(
-        Segment(kind=Kind.RECACHE, frames=range(a, b), sigma=sigma, limit=readable) for a, b in unique
-    )
+    segments = tuple(Segment(kind=Kind.RECACHE, frames=range(a, b), sigma=sigma, limit=readable) for a, b in unique)
     return (segments,) if segments else ()
 
 

@@ -9,80 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unspool.causal.cache.kv import KVCache
 from unspool.causal.cache.snapshot import Snapshot, merge
-from unspool.causal.chunks import ChunkPlan, FrameSet
-from unspool.causal.position import Absolute, PositionPolicy
-from unspool.causal.visibility import Kind, Segment, Since, Visibility, Window, check_window, sink_of
-from unspool.diffusion.flow import FlowMatching
-from unspool.diffusion.process import Process
-from unspool.diffusion.schedule import Schedule
+from unspool.causal.chunks import FrameSet
+from unspool.causal.visibility import Kind, Segment, Since, Visibility, Window, sink_of
 from unspool.models.base import Backbone, Prompts
 from unspool.rollout.branches import Branches, FrameConditions
-from unspool.rollout.guidance import Guidance
 from unspool.rollout.noise import NoiseSource
 from unspool.rollout.prompts import MAX_BLEND, Moment, PromptTimeline, Switch
 from unspool.rollout.recache import CleanHistory, plan_recache
-from unspool.rollout.solvers.base import Solver
-from unspool.rollout.solvers.fewstep import FewStep
-
-
-class Cancelled(Exception):
-    """A rollout was asked to stop between two passes; the chunk can be asked for again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """All that decides what a rollout computes, besides network, prompts and noise.
-
-    Fields: `plan` chunks; `schedule` denoising levels of every chunk, `first_schedule` of chunk 0 where it differs
-    (None: the same); `visibility`, `positions`; `solver`, `guidance`, `process`; `sigma_commit` noise level told at
-    the commit pass (the latents stay clean); `commit`: "separate" (steps + 1 forwards a chunk), "fused" (in one
-    forward with the next chunk's first step: steps forwards), "none" (the last step's K/V are kept: steps forwards).
-    """
-
-    plan: ChunkPlan
-    schedule: Schedule
-    visibility: Visibility
-    positions: PositionPolicy = Absolute()
-    solver: Solver = FewStep()
-    guidance: Guidance = Guidance()
-    process: Process = FlowMatching()
-    first_schedule: Schedule | None = None
-    sigma_commit: float = 0.0
-    commit: Literal["separate", "fused", "none"] = "separate"
-
-    def __post_init__(self) -> None:
-        check_window(self.visibility, self.plan.longest)
-        if not 0.0 <= self.sigma_commit <= 1.0:
-            raise ValueError(f"sigma_commit={self.sigma_commit}: expected a noise level in [0, 1], 0 for clean")
-        if self.commit not in ("separate", "fused", "none"):
-            raise ValueError(f"commit={self.commit!r}: expected 'separate', 'fused' or 'none'")
-
-    def schedule_of(self, chunk: int) -> Schedule:
-        return self.first_schedule if chunk == 0 and self.first_schedule is not None else self.schedule
-
-    @property
-    def fingerprint(self) -> str:
-        """What a snapshot must agree with."""
-        return repr(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """One finished chunk: `latents` [b, k, c, h, w], its `frames` in the stream, and the prompt it followed."""
-
-    index: int
-    frames: range
-    latents: Tensor
-    prompt: int
-    switched: bool
+from unspool.rollout.settings import Cancelled, Chunk, RolloutConfig
 
 
 class Rollout:
@@ -116,17 +59,15 @@ class Rollout:
         dtype: torch.dtype | None = None,
         cache_dtype: torch.dtype | None = None,
         compiled: bool = False,
-        latent_channels: int | None = None,
     ) -> None:
         self.backbone, self.config, self.noise = backbone, config, noise
         self.timeline = text if isinstance(text, PromptTimeline) else PromptTimeline(text)
         self.batch = self.timeline.first.shape[0]
         self.cancel, self.grad = cancel, grad
-        weight = next(backbone.parameters())  # type: ignore[attr-defined]
+        weight = next(iter(backbone.parameters()))
         self.device = weight.device
         self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        channels = latent_channels if latent_channels is not None else backbone.latent_channels  # type: ignore[attr-defined]
-        self.shape = (self.batch, channels, *latent_size)
+        self.shape = (self.batch, backbone.latent_channels, *latent_size)
         self.visibility = config.visibility
         tokens = backbone.tokens_per_frame(*latent_size)
 
@@ -178,7 +119,8 @@ class Rollout:
         self.starts = starts[-MAX_BLEND:]
         self.timeline.prune(frames.start)
         if self.config.commit == "none":
-            self.branches.promote(keep_graph=self._wants_grad(self.index, self.config.schedule_of(self.index).num_steps))
+            steps = self.config.schedule_of(self.index).num_steps
+            self.branches.promote(keep_graph=self._wants_grad(self.index, steps))
         else:
             self._pending, self._tail = (self.index, moment), latents
         chunk = Chunk(
@@ -240,7 +182,7 @@ class Rollout:
                 at = replace(segment, sigma=step.sigma)
                 prediction = self._forward(at, x, step.conditioning, prompts)
                 x0 = config.process.to_x0(x, prediction, step.sigma)
-                noise: Callable[[], Tensor] = lambda index=step.index: self._draw(frames, index + 1)  # type: ignore[misc]
+                noise = partial(self._draw, frames, step.index + 1)  # drawn only where the solver asks for it
                 x, state = config.solver.step(x, x0, step.sigma, step.next_sigma, noise, state)
         return x
 
@@ -266,7 +208,7 @@ class Rollout:
         return prediction[:, len(before) :]
 
     def _draw(self, frames: range, step: int) -> Tensor:
-        return self.noise.draw(frames, step, self.shape, self.dtype, self.device)  # type: ignore[arg-type]
+        return self.noise.draw(frames, step, self.shape, self.dtype, self.device)
 
     def _sigma(self, sigma: float) -> Tensor:
         if sigma not in self._sigmas:
@@ -281,7 +223,7 @@ class Rollout:
         return self.grad is not None and torch.is_grad_enabled() and self.grad(chunk, step)
 
     def _grad_mode(self, wants: bool) -> AbstractContextManager[None]:
-        return torch.set_grad_enabled(wants)  # type: ignore[return-value]
+        return torch.set_grad_enabled(wants)
 
     # ---- prompt switches and given latents ---------------------------------------------------------------------
 
@@ -395,6 +337,9 @@ class Rollout:
         if facts["pending"] is not None:
             index, prompt, weight = facts["pending"]
             self._pending, self._tail = (index, Moment(prompt, weight, None)), self.history.chunks[index]
+
+
+__all__ = ["Cancelled", "Chunk", "Rollout", "RolloutConfig", "rollout"]
 
 
 def _base(visibility: Visibility) -> Visibility:

@@ -341,7 +341,7 @@ class KVCache:
             "promoted": promoted,
             "baked": [[f, self.slots.baked[f]] for f, _ in promoted],
             "masters": [[f, row, written] for f, (row, written) in self.master_slots.items()],
-            "pending": [[i, f, s] for i, due in self.pending.items() for f, s in due.items() if f in self.slots.promoted],
+            "pending": [[i, f, s] for i, due in self.pending.items() for f, s in due.items()],
         }
         return Snapshot(tensors, facts)
 
@@ -349,9 +349,7 @@ class KVCache:
         """Continue from a snapshot of a cache of the same network and sizes. Raises ValueError otherwise."""
         for index, site in self.sites.items():
             found = snapshot.tensors.get(f"keys.{index}")
-            shape = (
-                self.batch * site.rows, snapshot.facts["capacity"] * self.tokens(site), site.heads, site.head_dim
-            )
+            shape = (self.batch * site.rows, snapshot.facts["capacity"] * self.tokens(site), site.heads, site.head_dim)
             if found is None or tuple(found.shape) != shape or found.dtype != self.dtype:
                 got = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
                 raise ValueError(

@@ -35,8 +35,10 @@ class Snapshot:
             header = json.loads(data[8 : 8 + length])["__metadata__"]
             tensors = load(data)
         except Exception as error:
-            raise ValueError(f"snapshot: expected the bytes of Snapshot.to_bytes(), got {len(data)} bytes that "
-                             f"cannot be read ({error}); take a new snapshot") from error
+            raise ValueError(
+                f"snapshot: expected the bytes of Snapshot.to_bytes(), got {len(data)} bytes that "
+                f"cannot be read ({error}); take a new snapshot"
+            ) from error
         if header.get("format") != FORMAT:
             raise ValueError(f"snapshot format {header.get('format')!r}: expected {FORMAT!r}; take a new snapshot")
         return Snapshot(tensors, json.loads(header["facts"]))

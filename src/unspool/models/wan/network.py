@@ -45,7 +45,8 @@ class WanTransformer(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         if config.frame_vector_dim:
-            self.frame_embedding = nn.Sequential(nn.Linear(config.frame_vector_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+            vectors = nn.Linear(config.frame_vector_dim, dim)
+            self.frame_embedding = nn.Sequential(vectors, nn.SiLU(), nn.Linear(dim, dim))
         self.blocks = nn.ModuleList(
             Block(dim, config.ffn_dim, config.num_heads, config.eps, i) for i in range(config.num_layers)
         )
@@ -128,14 +129,12 @@ class WanTransformer(nn.Module):
         for number, block in enumerate(self.blocks):
             k, v = _select(cond.prompts, number, index)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(block, hidden, modulation, k, v, context, rope, use_reentrant=False)  # type: ignore[assignment]
+                hidden = checkpoint(block, hidden, modulation, k, v, context, rope, use_reentrant=False)
             else:
                 hidden = block(hidden, modulation, k, v, context, rope)
         out = self.head.project(hidden, embedding)
         _, ph, pw = self.config.patch_size
-        out = rearrange(
-            out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=grid[0], w=grid[1], p=ph, q=pw
-        )
+        out = rearrange(out, "b (t h w) (p q c) -> b t c (h p) (w q)", t=frames, h=grid[0], w=grid[1], p=ph, q=pw)
         return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
 
     def _embed(self, x: Tensor, cond: Conditioning) -> Tensor:

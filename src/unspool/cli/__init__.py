@@ -1,0 +1,1 @@
+"""The command line: each module holds a frozen dataclass `Args` and `run(args) -> int`; only run imports torch."""

@@ -1,0 +1,1 @@
+"""Measurements: proofs of exactness here, quality metrics beside them."""

@@ -1,0 +1,70 @@
+"""What decides a rollout, and what it yields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.position import Absolute, PositionPolicy
+from unspool.causal.visibility import Visibility, check_window
+from unspool.diffusion.flow import FlowMatching
+from unspool.diffusion.process import Process
+from unspool.diffusion.schedule import Schedule
+from unspool.rollout.guidance import Guidance
+from unspool.rollout.solvers.base import Solver
+from unspool.rollout.solvers.fewstep import FewStep
+
+
+class Cancelled(Exception):
+    """A rollout was asked to stop between two passes; the chunk can be asked for again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """All that decides what a rollout computes, besides network, prompts and noise.
+
+    Fields: `plan` chunks; `schedule` denoising levels of every chunk, `first_schedule` of chunk 0 where it differs
+    (None: the same); `visibility`, `positions`; `solver`, `guidance`, `process`; `sigma_commit` noise level told at
+    the commit pass (the latents stay clean); `commit`: "separate" (steps + 1 forwards a chunk), "fused" (in one
+    forward with the next chunk's first step: steps forwards), "none" (the last step's K/V are kept: steps forwards).
+    """
+
+    plan: ChunkPlan
+    schedule: Schedule
+    visibility: Visibility
+    positions: PositionPolicy = field(default_factory=Absolute)
+    solver: Solver = field(default_factory=FewStep)
+    guidance: Guidance = field(default_factory=Guidance)
+    process: Process = field(default_factory=FlowMatching)
+    first_schedule: Schedule | None = None
+    sigma_commit: float = 0.0
+    commit: Literal["separate", "fused", "none"] = "separate"
+
+    def __post_init__(self) -> None:
+        check_window(self.visibility, self.plan.longest)
+        if not 0.0 <= self.sigma_commit <= 1.0:
+            raise ValueError(f"sigma_commit={self.sigma_commit}: expected a noise level in [0, 1], 0 for clean")
+        if self.commit not in ("separate", "fused", "none"):
+            raise ValueError(f"commit={self.commit!r}: expected 'separate', 'fused' or 'none'")
+
+    def schedule_of(self, chunk: int) -> Schedule:
+        return self.first_schedule if chunk == 0 and self.first_schedule is not None else self.schedule
+
+    @property
+    def fingerprint(self) -> str:
+        """What a snapshot must agree with."""
+        return repr(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One finished chunk: `latents` [b, k, c, h, w], its `frames` in the stream, and the prompt it followed."""
+
+    index: int
+    frames: range
+    latents: Tensor
+    prompt: int
+    switched: bool
