@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of q [b, n, heads, d] over k, v [b, m, heads, d]; `mask` [n, m] is True where q reads k."""
+    k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may store another precision than it is read in
     out = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
 

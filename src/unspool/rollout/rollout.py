@@ -195,7 +195,7 @@ class Rollout:
         before = self.config.plan.frames(index)
         commit = Segment(kind=Kind.COMMIT, frames=before, sigma=self.config.sigma_commit)
         levels = [self.config.sigma_commit] * len(before) + [told] * len(segment.frames)
-        sigma = torch.tensor([levels], dtype=torch.float64, device=self.device)
+        sigma = torch.tensor([levels], dtype=torch.float64)
         old = self.branches.prompts(self.timeline, moment)
         joined, which = prompts, None
         if old is not prompts:
@@ -212,7 +212,7 @@ class Rollout:
 
     def _sigma(self, sigma: float) -> Tensor:
         if sigma not in self._sigmas:
-            self._sigmas[sigma] = torch.tensor([[sigma]], dtype=torch.float64, device=self.device)
+            self._sigmas[sigma] = torch.tensor([[sigma]], dtype=torch.float64)
         return self._sigmas[sigma]
 
     def _check_cancel(self) -> None:

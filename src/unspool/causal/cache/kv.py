@@ -22,6 +22,7 @@ from unspool.causal.context import Context, Site
 from unspool.causal.position import PositionPolicy
 from unspool.causal.visibility import Kind, Pass, Segment, Since, Visibility, Window, retained, sink_of
 from unspool.ops.rope import Rope, rotate, table_dtype
+from unspool.ops.transfer import to_device
 
 BLOCK_FRAMES = 24  # growth of an unbounded cache: rare enough to stay outside the hot path
 
@@ -322,7 +323,7 @@ class KVCache:
                 assert entry.masters is not None
                 source, shift = entry.masters[:, row * n : (row + 1) * n], self.slots.baked[frame] - written
             cos, sin = rope.time_tables([shift], table_dtype(self.dtype))
-            entry.keys[:, where].copy_(rotate(source, cos.to(self.device), sin.to(self.device)))
+            entry.keys[:, where].copy_(rotate(source, to_device(cos, self.device), to_device(sin, self.device)))
         due.clear()
 
     # ---- state -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from unspool.causal.visibility import Segment
 from unspool.ops.attention import sdpa
 from unspool.ops.compile import compiled
 from unspool.ops.rope import Rope, rotate, rotate_and_stage, table_dtype
+from unspool.ops.transfer import to_device
 
 if TYPE_CHECKING:
     from unspool.causal.cache.kv import KVCache
@@ -128,7 +129,7 @@ class RingView:
     def _table(self, rope: Rope) -> tuple[Tensor, Tensor]:
         if rope not in self._tables:
             cos, sin = rope.tables(list(self.plan.positions), table_dtype(self.cache.dtype))
-            self._tables[rope] = (cos.to(self.cache.device), sin.to(self.cache.device))
+            self._tables[rope] = (to_device(cos, self.cache.device), to_device(sin, self.cache.device))
         return self._tables[rope]
 
 
@@ -176,7 +177,7 @@ class FunctionalView:
         n = self.cache.tokens(site)
         if rope is not None:
             positions = [p for plan in self.plans for p in plan.positions]
-            cos, sin = (t.to(q.device) for t in rope.tables(positions, table_dtype(q.dtype)))
+            cos, sin = (to_device(t, q.device) for t in rope.tables(positions, table_dtype(q.dtype)))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         self._staged.setdefault(site.index, (k, v))
         past_k, past_v = self._frozen_past(site, rope)
@@ -206,7 +207,7 @@ class FunctionalView:
         for i, frame in enumerate(plan.past):
             shift = plan.shifts.get(frame, 0)
             if shift and rope is not None:
-                cos, sin = (t.to(q.device) for t in rope.time_tables([shift], table_dtype(q.dtype)))
+                cos, sin = (to_device(t, q.device) for t in rope.time_tables([shift], table_dtype(q.dtype)))
                 keys[i] = rotate(keys[i], cos, sin)
         count = len(plan.segment.frames)
         causal = self.cache.visibility.within == "causal"
@@ -262,4 +263,4 @@ def _piece(queries: slice, slots: list[int]) -> Piece:
 def _token_slots(slots: tuple[int, ...], n: int, device: torch.device) -> Tensor:
     """Token indices of whole slots, int64 on `device`."""
     base = torch.tensor(slots, dtype=torch.int64)[:, None] * n
-    return (base + torch.arange(n)).flatten().to(device, non_blocking=True)
+    return to_device((base + torch.arange(n)).flatten(), device)

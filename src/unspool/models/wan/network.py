@@ -20,6 +20,7 @@ from unspool.models.base import Conditioning, Prompts, Text
 from unspool.models.wan.config import WanConfig
 from unspool.models.wan.layers import Block, Head, time_features, wide_linear
 from unspool.ops.rope import Rope
+from unspool.ops.transfer import to_device
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -148,19 +149,29 @@ class WanTransformer(nn.Module):
         return F.linear(patches, weight.flatten(1), self.patch_embedding.bias).to(weight.dtype)
 
     def _time(self, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        """Embedding [b|1, t|1, dim] and modulation [b|1, t|1, 6, dim]: one row per distinct sigma that is given."""
+        """Embedding [b|1, t|1, dim] and modulation [b|1, t|1, 6, dim], computed once per distinct sigma.
+
+        Equal levels are found on the host: a sigma that lies on a GPU is taken as it is, to look would wait for it.
+        """
         first, second = self.time_embedding[0], self.time_embedding[2]
         projection = self.time_projection[1]
         assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear) and isinstance(projection, nn.Linear)
-        features = time_features(1000.0 * sigma.double(), self.config.freq_dim)
+        inverse = None
+        if sigma.numel() > 1 and sigma.device.type == "cpu" and cond.vectors is None:
+            values, inverse = torch.unique(sigma, return_inverse=True)
+            sigma = values[None]
+        features = to_device(time_features(1000.0 * sigma.double(), self.config.freq_dim), first.weight.device)
         wide = torch.float64 if first.weight.dtype == torch.float64 else torch.float32
         embedding = wide_linear(F.silu(wide_linear(features.to(wide), first)), second)
         if self.config.frame_vector_dim and cond.vectors is not None:
             inner, outer = self.frame_embedding[0], self.frame_embedding[2]
             assert isinstance(inner, nn.Linear) and isinstance(outer, nn.Linear)
-            embedding = embedding + wide_linear(F.silu(wide_linear(cond.vectors.to(wide), inner)), outer)
-        modulation = wide_linear(F.silu(embedding), projection)
-        return embedding, modulation.unflatten(-1, (6, -1))
+            embedding = embedding + wide_linear(F.silu(wide_linear(cond.vectors.to(embedding.device, wide), inner)), outer)
+        modulation = wide_linear(F.silu(embedding), projection).unflatten(-1, (6, -1))
+        if inverse is None:
+            return embedding, modulation
+        inverse = to_device(inverse, embedding.device)
+        return embedding[0][inverse], modulation[0][inverse]
 
     def _prompt_rows(self, cond: Conditioning, batch: int, frames: int, device: torch.device) -> Tensor | None:
         """Flat indices of the prompt of every latent frame, or None when all follow the only prompt."""
