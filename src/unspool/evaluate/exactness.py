@@ -77,10 +77,10 @@ SETTINGS = (
 )
 
 
-def random_network(dtype: torch.dtype, *, seed: int = 0, layers: int = 3) -> WanTransformer:
+def random_network(dtype: torch.dtype, *, seed: int = 0, layers: int = 3, dim: int = 48) -> WanTransformer:
     """A small network in which every parameter is random, so that no error can hide behind a zero."""
     config = WanConfig(
-        dim=48, ffn_dim=96, num_layers=layers, num_heads=2, in_channels=4, out_channels=4, text_dim=24, text_len=10,
+        dim=dim, ffn_dim=96, num_layers=layers, num_heads=2, in_channels=4, out_channels=4, text_dim=24, text_len=10,
         freq_dim=32,
     )  # fmt: skip
     net = WanTransformer(config)
@@ -124,11 +124,27 @@ def masked(net: WanTransformer, setting: Setting, clip: Clip) -> Tensor:
     return net(x, sigma, cond, FullSequence(2 * setting.frames, mask))[:, setting.frames :]
 
 
-def new_cache(net: WanTransformer, setting: Setting, dtype: torch.dtype, batch: int = 2) -> KVCache:
+def new_cache(
+    net: WanTransformer,
+    setting: Setting,
+    dtype: torch.dtype,
+    batch: int = 2,
+    *,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> KVCache:
+    """An empty cache for a setting; it grows by 8 latent frames where the setting has no bound."""
     return KVCache(
-        net.sites, batch=batch, tokens_per_frame=net.tokens_per_frame(*setting.size), visibility=setting.visibility,
-        positions=setting.positions, dtype=dtype, block_frames=8,
-    )  # fmt: skip
+        net.sites,
+        batch=batch,
+        tokens_per_frame=net.tokens_per_frame(*setting.size),
+        visibility=setting.visibility,
+        positions=setting.positions,
+        dtype=dtype,
+        device=device,
+        compiled=compiled,
+        block_frames=8,
+    )
 
 
 def cached(

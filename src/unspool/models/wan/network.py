@@ -166,7 +166,9 @@ class WanTransformer(nn.Module):
         if self.config.frame_vector_dim and cond.vectors is not None:
             inner, outer = self.frame_embedding[0], self.frame_embedding[2]
             assert isinstance(inner, nn.Linear) and isinstance(outer, nn.Linear)
-            embedding = embedding + wide_linear(F.silu(wide_linear(cond.vectors.to(embedding.device, wide), inner)), outer)
+            embedding = embedding + wide_linear(
+                F.silu(wide_linear(cond.vectors.to(embedding.device, wide), inner)), outer
+            )
         modulation = wide_linear(F.silu(embedding), projection).unflatten(-1, (6, -1))
         if inverse is None:
             return embedding, modulation
