@@ -18,7 +18,9 @@ class FrameSet:
 
     @staticmethod
     def of(*spans: tuple[int, int] | range) -> FrameSet:
-        """The union of half-open spans; empty or reversed spans count as nothing."""
+        """The union of half-open spans; empty or reversed ones count as nothing. Raises ValueError for steps."""
+        if any(isinstance(s, range) and s.step != 1 for s in spans):
+            raise ValueError(f"spans {spans}: expected ranges of step 1; use of_frames() for every other frame")
         pairs = sorted((s.start, s.stop) if isinstance(s, range) else (s[0], s[1]) for s in spans)
         merged: list[tuple[int, int]] = []
         for start, end in pairs:
@@ -95,8 +97,9 @@ class ChunkPlan:
     @property
     def longest(self) -> int:
         """Latent frames of the longest chunk."""
-        longest = max(self.chunk, self.lead)
-        return longest if self.num_frames is None else min(longest, self.num_frames)
+        if self.num_frames is None:
+            return max(self.chunk, self.lead)
+        return max(min(self.lead, self.num_frames), min(self.chunk, self.num_frames - self.lead))
 
     @property
     def num_chunks(self) -> int | None:

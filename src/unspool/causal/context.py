@@ -95,6 +95,11 @@ class FullSequence:
                 "the context was built for another clip length"
             )
         tokens = q.shape[1] // self.num_frames
+        if rope is not None and tokens != rope.grid[0] * rope.grid[1]:
+            raise ValueError(
+                f"{q.shape[1]} tokens of a {rope.grid[0]}x{rope.grid[1]} grid are not a sequence of {self.num_frames} "
+                "latent frames; the context was built for another clip length"
+            )
         if rope is not None and self._fixed is not None:
             cos, sin = self._table(self._fixed, rope, q)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)

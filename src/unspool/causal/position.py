@@ -86,13 +86,13 @@ class Cyclic:
             raise ValueError(f"length={self.length}: expected at least 1 cyclic position")
 
     def assign(self, segment: Segment, kept: FrameSet) -> tuple[list[int], list[int]]:
-        span = segment.frames.stop - min(kept, default=segment.frames.start)
-        if span > self.length and len(kept) + len(segment.frames) > self.length:
+        keys, own = [f % self.length for f in kept], [f % self.length for f in segment.frames]
+        if len({*keys, *own}) < len(keys) + len(own):
             raise ValueError(
-                f"{len(kept)} kept and {len(segment.frames)} new latent frames need distinct cyclic positions, but "
-                f"length={self.length}; use length >= window"
+                f"latent frames {kept} and {segment.frames} need distinct cyclic positions, but two of them meet at "
+                f"length={self.length}; use a length of at least the window, without a sink"
             )
-        return [f % self.length for f in kept], [f % self.length for f in segment.frames]
+        return keys, own
 
 
 POSITIONS = {

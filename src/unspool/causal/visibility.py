@@ -151,6 +151,13 @@ def sink_of(visibility: Visibility) -> FrameSet:
     return visibility.sink_frames if isinstance(visibility, Window) else FrameSet()
 
 
+def capacity_of(visibility: Visibility) -> int | None:
+    """Latent frames that a bounded visibility needs at once; None where there is no bound."""
+    if isinstance(visibility, Since):
+        return capacity_of(visibility.base)
+    return visibility.capacity if isinstance(visibility, Window) else None
+
+
 def retained(visibility: Visibility, segment: Segment) -> FrameSet:
     """Past frames that the chunk of `segment` needs in any of its passes: all the others can be dropped."""
     kinds = (Kind.DENOISE, Kind.COMMIT)

@@ -26,7 +26,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """FlexAttention under a block mask; for CUDA training (no CPU backward, slow uncompiled)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise ValueError("backend='flex' has no CPU backward; use backend='slices' on the CPU")
     kernel = _compiled_flex() if q.is_cuda else flex_attention
     out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)

@@ -8,32 +8,21 @@ path, none synchronises a GPU. Under autograd the views are functional (see `vie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from unspool.causal.cache.slots import SlotTable, common_shift
 from unspool.causal.cache.snapshot import Snapshot
-from unspool.causal.cache.views import FunctionalView, Piece, RingView, SegmentPlan
+from unspool.causal.cache.state import Entry, put_back, take
+from unspool.causal.cache.views import FunctionalView, RingView, SegmentPlan
 from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Context, Site
 from unspool.causal.position import PositionPolicy
-from unspool.causal.visibility import Kind, Pass, Segment, Since, Visibility, Window, retained, sink_of
+from unspool.causal.visibility import Kind, Pass, Segment, Visibility, capacity_of, retained, sink_of
 from unspool.ops.rope import Rope, rotate, table_dtype
 from unspool.ops.transfer import to_device
 
 BLOCK_FRAMES = 24  # growth of an unbounded cache: rare enough to stay outside the hot path
-
-
-@dataclass
-class Entry:
-    """Buffers of one site: keys and values [rows, capacity * tokens, heads, head_dim]."""
-
-    keys: Tensor
-    values: Tensor
-    masters: Tensor | None = None  # sink keys as first written, from which moved ones are rotated
 
 
 class KVCache:
@@ -75,10 +64,12 @@ class KVCache:
         self.device = torch.device(device)
         self.compiled = compiled
         self.block_frames = block_frames
-        self.slots = SlotTable(_capacity_hint(visibility) or block_frames)
+        self.slots = SlotTable(capacity_of(visibility) or block_frames)
         self.pending: dict[int, dict[int, int]] = {index: {} for index in self.sites}  # site -> frame -> shift due
         self.master_slots: dict[int, tuple[int, int]] = {}  # sink frame -> (row in masters, position as written)
         self.graph: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # frame -> site -> k, v with their graph
+        self.graph_baked: dict[int, int] = {}  # position to which such a key was rotated
+        self.ropes: dict[int, Rope | None] = {}  # of each site, as last seen
         self._view: RingView | FunctionalView | None = None
         self._view_version = -1
         self._pass: Pass = ()
@@ -132,17 +123,14 @@ class KVCache:
         Raises ValueError when the segments read frames that were dropped, overlap, or do not fit the window.
         """
         self._check_pass(segments)
+        self._check_room(segments)
         functional = torch.is_grad_enabled() or len(segments) > 1 or segments[0].kind is Kind.RECACHE
         functional = functional or any(f in self.slots.promoted for f in segments[0].frames)
         if not functional:
             return self._begin_ring(segments)
         self.slots.unstage()
-        plans, baked = [], dict(self.slots.baked)
-        earlier = FrameSet()
-        for segment in segments:
-            plan = self._plan(segment, baked, earlier)
-            plans.append(plan)
-            earlier = earlier | FrameSet.of(segment.frames)
+        baked = dict(self.slots.baked)
+        plans = [self._plan(segment, baked) for segment in segments]
         self._pass = segments
         self._view = FunctionalView(self, plans, frozen=torch.is_grad_enabled())
         self._view_version = -1
@@ -156,10 +144,37 @@ class KVCache:
             own = FrameSet.of(segment.frames)
             if len(seen & own):
                 raise ValueError(f"segments of one pass overlap in latent frames {seen & own}")
+            if len(seen) and max(seen) > segment.frames.start:
+                raise ValueError(
+                    f"segment {list(segment.frames)} comes after latent frame {max(seen)} of its pass; give the "
+                    "segments of one forward in order of time"
+                )
             seen = seen | own
             for bank in (segment.read_bank, segment.write_bank):
                 if bank != "clean":
                     raise ValueError(f"bank {bank!r}: KVCache has the bank 'clean' only; use a cache with banks")
+
+    def _check_room(self, segments: Pass) -> None:
+        """Refuse what cannot be read or does not fit, before anything has changed."""
+        hint = capacity_of(self.visibility)
+        earlier = FrameSet()
+        for segment in segments:
+            past = self._past(segment)
+            missing = past - (self.slots.frames | earlier)
+            if len(missing):
+                raise ValueError(
+                    f"latent frames {missing} are wanted by {segment.kind.value} of {list(segment.frames)} but the "
+                    f"cache holds {self.slots.frames}; commit every chunk in order, or use a visibility that never "
+                    "asks again for what it dropped"
+                )
+            kept = retained(self.visibility, segment) & (self.slots.frames | earlier)
+            needed = len(kept) + len(segment.frames)
+            if hint is not None and needed > hint and segment.kind is not Kind.RECACHE:
+                raise ValueError(
+                    f"a chunk of {len(segment.frames)} latent frames does not fit: {len(kept)} more stay visible in a "
+                    f"window of {hint}; use a window of at least {needed} or a shorter chunk"
+                )
+            earlier = earlier | FrameSet.of(segment.frames)
 
     def _begin_ring(self, segments: Pass) -> Context:
         segment = segments[0]
@@ -177,7 +192,7 @@ class KVCache:
             self.slots.unstage()
             self._make_room(len(segment.frames))
             self.slots.stage(segment.frames)
-        plan = self._plan(segment, self.slots.baked, FrameSet())
+        plan = self._plan(segment, self.slots.baked)
         for frame, shift in plan.shifts.items():
             self.slots.baked[frame] += shift
             for due in self.pending.values():
@@ -191,16 +206,9 @@ class KVCache:
         past = self.visibility.visible(segment)
         return past if segment.limit is None else past & segment.limit
 
-    def _plan(self, segment: Segment, baked: dict[int, int], earlier: FrameSet) -> SegmentPlan:
+    def _plan(self, segment: Segment, baked: dict[int, int]) -> SegmentPlan:
         """Where the keys of `segment` lie and how far they are from the positions they should have."""
         past = self._past(segment)
-        missing = past - (self.slots.frames | earlier)
-        if len(missing):
-            raise ValueError(
-                f"latent frames {missing} are wanted by {segment.kind.value} of {list(segment.frames)} but the cache "
-                f"holds {self.slots.frames}; commit every chunk in order, or use a visibility that never asks again "
-                "for what it dropped"
-            )
         wanted, own = self.positions.assign(segment, past)
         held = [baked[f] for f in past]
         shift = common_shift(wanted, held)
@@ -211,16 +219,8 @@ class KVCache:
 
     def _make_room(self, frames: int) -> None:
         short = frames - len(self.slots.free())
-        if short <= 0:
-            return
-        hint = _capacity_hint(self.visibility)
-        if hint is not None and self.slots.capacity >= hint:
-            raise ValueError(
-                f"a chunk of {frames} latent frames does not fit: {len(self.slots.promoted)} of "
-                f"{self.slots.capacity} latent frames of the window stay visible; use a window of at least "
-                f"{len(self.slots.promoted) + frames} or a shorter chunk"
-            )
-        self._grow(self.slots.capacity + short)
+        if short > 0:
+            self._grow(self.slots.capacity + short)
 
     # ---- after a pass ------------------------------------------------------------------------------------------
 
@@ -269,6 +269,7 @@ class KVCache:
             self.pending[index].pop(frame, None)
             if keep_graph:
                 self.graph.setdefault(frame, {})[index] = (k, v)
+                self.graph_baked[frame] = self.slots.baked[frame]
         self.master_slots.pop(frame, None)
 
     def _keep_masters(self) -> None:
@@ -330,58 +331,11 @@ class KVCache:
 
     def snapshot(self) -> Snapshot:
         """Copies of all that is promoted, with its place in the buffers (what is staged is not part of it)."""
-        tensors: dict[str, Tensor] = {}
-        for index, entry in self.entries.items():
-            tensors[f"keys.{index}"] = entry.keys.detach().clone()
-            tensors[f"values.{index}"] = entry.values.detach().clone()
-            if entry.masters is not None:
-                tensors[f"masters.{index}"] = entry.masters.detach().clone()
-        promoted = list(self.slots.promoted.items())
-        facts: dict[str, Any] = {
-            "capacity": self.slots.capacity,
-            "promoted": promoted,
-            "baked": [[f, self.slots.baked[f]] for f, _ in promoted],
-            "masters": [[f, row, written] for f, (row, written) in self.master_slots.items()],
-            "pending": [[i, f, s] for i, due in self.pending.items() for f, s in due.items()],
-        }
-        return Snapshot(tensors, facts)
+        return take(self)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue from a snapshot of a cache of the same network and sizes. Raises ValueError otherwise."""
-        for index, site in self.sites.items():
-            found = snapshot.tensors.get(f"keys.{index}")
-            shape = (self.batch * site.rows, snapshot.facts["capacity"] * self.tokens(site), site.heads, site.head_dim)
-            if found is None or tuple(found.shape) != shape or found.dtype != self.dtype:
-                got = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
-                raise ValueError(
-                    f"snapshot: site {index} has {got}, expected {shape} {self.dtype}; restore it into a cache of "
-                    "the same network, batch, latent size and dtype"
-                )
-        self.discard()
-        self.graph.clear()
-        for index in self.sites:
-            masters = snapshot.tensors.get(f"masters.{index}")
-            self.entries[index] = Entry(
-                snapshot.tensors[f"keys.{index}"].to(self.device, copy=True),
-                snapshot.tensors[f"values.{index}"].to(self.device, copy=True),
-                None if masters is None else masters.to(self.device, copy=True),
-            )
-            self.pending[index] = {}
-        facts = snapshot.facts
-        self.slots.capacity = facts["capacity"]
-        self.slots.promoted = {f: s for f, s in facts["promoted"]}
-        self.slots.baked = {f: p for f, p in facts["baked"]}
-        self.slots.version += 1
-        self.master_slots = {f: (row, written) for f, row, written in facts["masters"]}
-        for index, frame, shift in facts["pending"]:
-            self.pending[index][frame] = shift
+        """Go on from a snapshot of a cache of the same network, sizes and policies. Raises ValueError otherwise."""
+        put_back(self, snapshot)
 
 
-def _capacity_hint(visibility: Visibility) -> int | None:
-    """Latent frames that a bounded visibility needs at once; None without a bound."""
-    if isinstance(visibility, Since):
-        return _capacity_hint(visibility.base)
-    return visibility.capacity if isinstance(visibility, Window) else None
-
-
-__all__ = ["Entry", "KVCache", "Piece"]
+__all__ = ["KVCache"]

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from unspool.causal.cache.kv import KVCache
 
 
+OVER = "this view is over: its cache has begun, promoted or discarded a pass since; use the view of the last begin()"
+
+
 @dataclass(frozen=True)
 class SegmentPlan:
     """What one segment reads and where it stands, in host integers.
@@ -94,9 +97,11 @@ class RingView:
     def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
         cache = self.cache
         if cache._view is not self:
-            raise RuntimeError("this view is over: its cache has begun, promoted or discarded another pass since")
+            raise RuntimeError(OVER)
         _check_tokens(q, len(self.plan.segment.frames), cache, site)
         cache.settle(site, rope)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise RuntimeError("this view writes in place: call begin() in grad mode too, to get one for autograd")
         entry, n = cache.entries[site.index], cache.tokens(site)
         index = self._token_index(n)
         if rope is None:
@@ -148,9 +153,14 @@ class FunctionalView:
         for plan in plans:
             past, own = past | plan.past, own | FrameSet.of(plan.segment.frames)
         self._held = list(past - own)
-        self._slots = dict(cache.slots.promoted)
+        self._slots, self._baked = dict(cache.slots.promoted), dict(cache.slots.baked)
         self._past: dict[int, tuple[Tensor, Tensor]] = {}
         self._staged: dict[int, tuple[Tensor, Tensor]] = {}
+        if frozen and any(f in cache.graph for f in self._held):
+            # Made here and not at the first call: under gradient checkpointing that call is recomputed, and has to save
+            # the same tensors again.
+            for site in cache.sites.values():
+                self._frozen_past(site, cache.ropes.get(site.index))
 
     @property
     def positions(self) -> Tensor:
@@ -172,9 +182,13 @@ class FunctionalView:
         return sum(len(p.segment.frames) for p in self.plans[: self.plans.index(plan)])
 
     def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
+        if self.cache._view is not self and site.index not in self._past:
+            raise RuntimeError(OVER)  # a recomputation in the backward finds its past kept
+        cache = self.cache
+        cache.ropes[site.index] = rope
         total = sum(len(p.segment.frames) for p in self.plans)
-        _check_tokens(q, total, self.cache, site)
-        n = self.cache.tokens(site)
+        _check_tokens(q, total, cache, site)
+        n = cache.tokens(site)
         if rope is not None:
             positions = [p for plan in self.plans for p in plan.positions]
             cos, sin = (to_device(t, q.device) for t in rope.tables(positions, table_dtype(q.dtype)))
@@ -207,8 +221,7 @@ class FunctionalView:
         for i, frame in enumerate(plan.past):
             shift = plan.shifts.get(frame, 0)
             if shift and rope is not None:
-                cos, sin = (to_device(t, q.device) for t in rope.time_tables([shift], table_dtype(q.dtype)))
-                keys[i] = rotate(keys[i], cos, sin)
+                keys[i] = _shifted(keys[i], shift, rope)
         count = len(plan.segment.frames)
         causal = self.cache.visibility.within == "causal"
         groups = [(i, i + 1) for i in range(count)] if causal else [(0, count)]
@@ -239,11 +252,23 @@ class FunctionalView:
             k, v = entry.keys.index_select(1, index), entry.values.index_select(1, index)
         live = [i for i, f in enumerate(self._held) if f in cache.graph]
         if live:
-            k = _replace(k, {i: cache.graph[self._held[i]][site.index][0] for i in live}, n)
+            k = _replace(k, {i: self._live_key(site, self._held[i], rope) for i in live}, n)
             v = _replace(v, {i: cache.graph[self._held[i]][site.index][1] for i in live}, n)
         if self.frozen:
             self._past[site.index] = (k, v)
         return k, v
+
+    def _live_key(self, site: Site, frame: int, rope: Rope | None) -> Tensor:
+        """A key that carries its graph, at the position that the buffers' copy has by now."""
+        key = self.cache.graph[frame][site.index][0]
+        shift = self._baked[frame] - self.cache.graph_baked[frame]
+        return _shifted(key, shift, rope) if shift and rope is not None else key
+
+
+def _shifted(key: Tensor, shift: int, rope: Rope) -> Tensor:
+    """A rotated key moved on by `shift` latent frames."""
+    cos, sin = (to_device(t, key.device) for t in rope.time_tables([shift], table_dtype(key.dtype)))
+    return rotate(key, cos, sin)
 
 
 def _frame(x: Tensor, at: int, n: int) -> Tensor:

@@ -177,9 +177,18 @@ class WanTransformer(nn.Module):
 
     def _prompt_rows(self, cond: Conditioning, batch: int, frames: int, device: torch.device) -> Tensor | None:
         """Flat indices of the prompt of every latent frame, or None when all follow the only prompt."""
+        index = cond.prompt_index
+        if index is not None:
+            fits = index.ndim == 2 and index.shape[0] in (1, batch) and index.shape[1] in (1, frames)
+            # On a GPU the values are not looked at: that would wait for it.
+            known = not fits or index.device.type != "cpu" or index.numel() == 0
+            if not fits or not (known or bool(((index >= 0) & (index < cond.prompts.num_prompts)).all())):
+                raise ValueError(
+                    f"prompt_index of shape {tuple(index.shape)}: expected [{batch} or 1, {frames} or 1] with values "
+                    f"0..{cond.prompts.num_prompts - 1}, the number of a prompt for every latent frame"
+                )
         if cond.prompts.num_prompts == 1:
             return None
-        index = cond.prompt_index
         if index is None:
             index = torch.zeros(1, 1, dtype=torch.int64)
         index = index.to(device).expand(batch, frames)
@@ -204,8 +213,14 @@ class WanTransformer(nn.Module):
         if extra != config.extra_channels:
             raise ValueError(f"{extra} conditioning channels: expected config.extra_channels={config.extra_channels}")
         width = 0 if cond.vectors is None else cond.vectors.shape[-1]
-        if width and width != config.frame_vector_dim:
-            raise ValueError(f"conditioning vectors of {width}: expected frame_vector_dim={config.frame_vector_dim}")
+        if cond.vectors is not None:
+            shape = tuple(cond.vectors.shape)
+            fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, frames)
+            if not fits or width != config.frame_vector_dim:
+                raise ValueError(
+                    f"conditioning vectors of shape {shape}: expected [{batch} or 1, {frames} or 1, "
+                    f"frame_vector_dim={config.frame_vector_dim}]"
+                )
 
     # ---- files -------------------------------------------------------------------------------------------------
 
