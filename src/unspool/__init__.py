@@ -9,8 +9,29 @@ import importlib
 from typing import Any
 
 _LAZY: dict[str, str] = {
+    "Absolute": "unspool.causal.position:Absolute",
+    "ChunkPlan": "unspool.causal.chunks:ChunkPlan",
+    "CounterNoise": "unspool.rollout.noise:CounterNoise",
+    "Euler": "unspool.rollout.solvers.euler:Euler",
+    "FewStep": "unspool.rollout.solvers.fewstep:FewStep",
+    "Full": "unspool.causal.visibility:Full",
+    "Guidance": "unspool.rollout.guidance:Guidance",
+    "KVCache": "unspool.causal.cache.kv:KVCache",
+    "Multistep": "unspool.rollout.solvers.multistep:Multistep",
+    "PromptTimeline": "unspool.rollout.prompts:PromptTimeline",
+    "Rollout": "unspool.rollout.rollout:Rollout",
+    "RolloutConfig": "unspool.rollout.settings:RolloutConfig",
+    "Schedule": "unspool.diffusion.schedule:Schedule",
+    "Switch": "unspool.rollout.prompts:Switch",
+    "WanConfig": "unspool.models.wan.config:WanConfig",
+    "WanTransformer": "unspool.models.wan.network:WanTransformer",
+    "Window": "unspool.causal.visibility:Window",
+    "WindowRelative": "unspool.causal.position:WindowRelative",
+    "compile_backbone": "unspool.ops.compile:compile_backbone",
     "contact_sheet": "unspool.engine.export:contact_sheet",
+    "few_step": "unspool.diffusion.schedule:few_step",
     "read_metadata": "unspool.engine.export:read_metadata",
+    "uniform": "unspool.diffusion.schedule:uniform",
     "write_video": "unspool.engine.export:write_video",
 }
 """Public name -> "module:attribute"."""

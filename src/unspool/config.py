@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import importlib
 import re
 import types
 import typing
@@ -104,6 +105,22 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
             raise ValueError(f"override {item!r}: fields of {key.strip()} were already set one by one")
         node[parts[-1]] = text.strip()
     return _replace(config, tree, "")
+
+
+def locate(name: str, table: Mapping[str, str]) -> Any:
+    """The object behind a name of one of the package's tables, or behind a user's own "module:Class".
+
+    `locate("euler", SOLVERS)()` and `locate("my_project.solvers:Mine", SOLVERS)()` make a solver each.
+    Raises ValueError with the nearest names, or with what could not be imported.
+    """
+    target = table.get(name, name)
+    module, colon, attribute = target.partition(":")
+    if not colon:
+        raise ValueError(f"{name!r}: expected a known name or your own 'module:Class'; {nearest(name, table)}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} cannot be imported: {error}; expected 'module:Class' on the Python path") from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

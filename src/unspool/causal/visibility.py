@@ -62,6 +62,21 @@ class Visibility(Protocol):
     def __hash__(self) -> int: ...  # masks are remembered per visibility
 
 
+@runtime_checkable
+class Bounded(Protocol):
+    """What a visibility adds when its reach is bounded; without it a cache grows and a stream keeps all clean latents.
+
+    `capacity`: most latent frames that one chunk and all it reads occupy, over all kinds of passes (None: no bound).
+    `sink_frames`: first frames that are never dropped; a cache keeps their keys apart where positions move them.
+    """
+
+    @property
+    def capacity(self) -> int | None: ...
+
+    @property
+    def sink_frames(self) -> FrameSet: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Full:
     """Every past latent frame (CausVid, ViD-GPT): the cache grows with the stream."""
@@ -136,6 +151,14 @@ class Since:
         reachable = self.keep | FrameSet.of((self.floor, segment.frames.start))
         return self.base.visible(segment) & reachable
 
+    @property
+    def capacity(self) -> int | None:
+        return capacity_of(self.base)
+
+    @property
+    def sink_frames(self) -> FrameSet:
+        return sink_of(self.base)
+
 
 VISIBILITIES = {
     "full": "unspool.causal.visibility:Full",
@@ -146,16 +169,12 @@ VISIBILITIES = {
 
 def sink_of(visibility: Visibility) -> FrameSet:
     """The sink frames of a visibility, empty where it has none."""
-    if isinstance(visibility, Since):
-        return sink_of(visibility.base)
-    return visibility.sink_frames if isinstance(visibility, Window) else FrameSet()
+    return visibility.sink_frames if isinstance(visibility, Bounded) else FrameSet()
 
 
 def capacity_of(visibility: Visibility) -> int | None:
     """Latent frames that a bounded visibility needs at once; None where there is no bound."""
-    if isinstance(visibility, Since):
-        return capacity_of(visibility.base)
-    return visibility.capacity if isinstance(visibility, Window) else None
+    return visibility.capacity if isinstance(visibility, Bounded) else None
 
 
 def retained(visibility: Visibility, segment: Segment) -> FrameSet:
@@ -169,13 +188,14 @@ def retained(visibility: Visibility, segment: Segment) -> FrameSet:
 
 def check_window(visibility: Visibility, longest_chunk: int) -> None:
     """Raise ValueError when a chunk of `longest_chunk` latent frames does not fit beside the sink."""
-    if isinstance(visibility, Since):
-        check_window(visibility.base, longest_chunk)
-    if isinstance(visibility, Window):
-        reaches = {"window": visibility.window, "commit_window": visibility.commit_window}
-        for name, value in reaches.items():
-            if value is not None and longest_chunk > value - visibility.sink:
-                raise ValueError(
-                    f"a chunk of {longest_chunk} latent frames is longer than {name}={value} minus "
-                    f"sink={visibility.sink}; use {name} >= {longest_chunk + visibility.sink} or a shorter chunk"
-                )
+    base = visibility.base if isinstance(visibility, Since) else visibility
+    sink = len(sink_of(base))
+    reaches = {"capacity": capacity_of(base)}
+    if isinstance(base, Window):
+        reaches = {"window": base.window, "commit_window": base.commit_window}
+    for name, value in reaches.items():
+        if value is not None and longest_chunk > value - sink:
+            raise ValueError(
+                f"a chunk of {longest_chunk} latent frames is longer than {name}={value} minus sink={sink}; use "
+                f"{name} >= {longest_chunk + sink} or a shorter chunk"
+            )

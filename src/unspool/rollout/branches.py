@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unspool.causal.cache.base import Cache
 from unspool.causal.cache.kv import KVCache
 from unspool.causal.cache.snapshot import Snapshot, merge
-from unspool.causal.visibility import Pass
+from unspool.causal.cache.state import check
+from unspool.causal.visibility import Pass, Visibility
 from unspool.models.base import Backbone, Conditioning, Prompts, Text
 from unspool.rollout.guidance import Guidance, combine
-from unspool.rollout.prompts import Moment, PromptTimeline
+from unspool.rollout.prompts import Moment, check_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Branches:
     def __init__(
         self,
         backbone: Backbone,
-        make_cache: Callable[[int], KVCache],
+        make_cache: Callable[[int], Cache],
         guidance: Guidance,
         negative: Tensor | None,
         batch: int,
@@ -49,31 +51,41 @@ class Branches:
         self.caches = [make_cache(rows)]
         if guidance.is_active and not self.doubled:
             self.caches.append(make_cache(rows))
-        if guidance.is_active and negative is None:
-            raise ValueError(
-                f"guidance scale {guidance.scale} needs the text of the unconditional branch; pass negative="
-            )
+        if guidance.is_active:
+            _check_negative(negative, batch, guidance.scale)
         self.negative = negative
         self._prepared: OrderedDict[tuple[int, float], list[Prompts]] = OrderedDict()
         self._unconditional: Prompts | None = None
 
-    def prompts(self, timeline: PromptTimeline, moment: Moment) -> list[Prompts]:
-        """Prompts per cache for a moment; the last few are kept, a text is encoded once."""
+    def prompts(self, moment: Moment) -> list[Prompts]:
+        """Prompts per cache for a moment. A text is encoded once, and the last two are kept; in grad mode it is encoded
+        anew, so that every pass has a graph of its own."""
+        if torch.is_grad_enabled():
+            return self._prepare(moment.text)
         key = (moment.prompt, moment.weight)
         if key not in self._prepared:
-            cond = self.backbone.prepare(Text.of(timeline.blended(moment)))
-            parts = [cond]
-            if self.guidance.is_active:
-                if self._unconditional is None:
-                    assert self.negative is not None
-                    self._unconditional = self.backbone.prepare(Text.of(self.negative))
-                uncond = self._unconditional
-                parts = [Prompts.join([cond, uncond], 0)] if self.doubled else [cond, uncond]
-            self._prepared[key] = parts
+            self._prepared[key] = self._prepare(moment.text)
             while len(self._prepared) > 2:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(key)
         return self._prepared[key]
+
+    def admit(self, text: Tensor) -> None:
+        """Raise ValueError unless the network takes this text."""
+        with torch.no_grad():
+            self.backbone.prepare(Text.of(text))
+
+    def _prepare(self, text: Tensor) -> list[Prompts]:
+        cond = self.backbone.prepare(Text.of(text))
+        if not self.guidance.is_active:
+            return [cond]
+        assert self.negative is not None
+        if torch.is_grad_enabled() or self._unconditional is None:
+            uncond = self.backbone.prepare(Text.of(self.negative))
+            self._unconditional = None if torch.is_grad_enabled() else uncond
+        else:
+            uncond = self._unconditional
+        return [Prompts.join([cond, uncond], 0)] if self.doubled else [cond, uncond]
 
     def run(
         self, segments: Pass, x: Tensor, sigma: Tensor, prompts: list[Prompts], prompt_index: Tensor | None = None
@@ -96,8 +108,8 @@ class Branches:
         if self.frame_conditions is None:
             return Conditioning(prompts=prompts, prompt_index=prompt_index)
         parts = [self.frame_conditions(s.frames) for s in segments]
-        channels = _joined([p.channels for p in parts], self.doubled)
-        vectors = _joined([p.vectors for p in parts], self.doubled)
+        channels = _joined([p.channels for p in parts], self.batch, self.doubled)
+        vectors = _joined([p.vectors for p in parts], self.batch, self.doubled)
         return Conditioning(prompts=prompts, prompt_index=prompt_index, channels=channels, vectors=vectors)
 
     def promote(self, *, keep_graph: bool = False) -> None:
@@ -116,19 +128,34 @@ class Branches:
     def snapshot(self) -> Snapshot:
         return merge({str(i): cache.snapshot() for i, cache in enumerate(self.caches)}, {"count": len(self.caches)})
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def check(self, snapshot: Snapshot, visibility: Visibility) -> None:
+        """Raise ValueError unless the caches, seeing `visibility`, can be restored from `snapshot`."""
         if snapshot.facts["count"] != len(self.caches):
             raise ValueError(
                 f"snapshot of {snapshot.facts['count']} caches, expected {len(self.caches)}; use the same guidance mode"
             )
         for i, cache in enumerate(self.caches):
+            if isinstance(cache, KVCache):  # another cache refuses in its own restore()
+                check(cache, snapshot.nested(str(i)), visibility)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        for i, cache in enumerate(self.caches):
             cache.restore(snapshot.nested(str(i)))
         self._prepared.clear()
 
 
-def _joined(parts: list[Tensor | None], doubled: bool) -> Tensor | None:
-    tensors = [p for p in parts if p is not None]
+def _joined(parts: list[Tensor | None], batch: int, doubled: bool) -> Tensor | None:
+    """Inputs of all segments behind each other, one row per sample of the branch."""
+    tensors = [p.expand(batch, *p.shape[1:]) if p.shape[0] == 1 else p for p in parts if p is not None]
     if not tensors:
         return None
     joined = torch.cat(tensors, dim=1)
-    return torch.cat([joined, joined]) if doubled and joined.shape[0] > 1 else joined
+    return torch.cat([joined, joined]) if doubled else joined
+
+
+def _check_negative(negative: Tensor | None, batch: int, scale: float) -> None:
+    if negative is None:
+        raise ValueError(f"guidance scale {scale} needs the text of the unconditional branch; pass negative=")
+    check_text(negative)
+    if negative.shape[0] != batch:
+        raise ValueError(f"negative text of {negative.shape[0]} samples: expected {batch}, one per prompt; expand() it")

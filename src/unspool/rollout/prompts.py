@@ -10,11 +10,12 @@ A switch takes effect at the first chunk that starts at or after its latent fram
 
 `sink` says what a recache does with the sink: `kept` leaves its keys under the old prompt, `replaced` makes the oldest
 recached latent frames the new sink, `recomputed` computes it again from the stream's true first latent frames.
-`over` blends the old text into the new one linearly over that many chunks (policy `keep` only).
+`over` blends the text of the chunk before into the new one linearly over that many chunks (policy `keep` only).
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -57,11 +58,18 @@ class Switch:
 
 @dataclass(frozen=True)
 class Moment:
-    """What holds for one chunk: number of its prompt, weight of that text against the one before, switch it begins."""
+    """What holds for one chunk: number of its prompt, how far its text has replaced the one before (1: fully), the
+    switches that it begins in order, and the text itself [b, rows, channels]."""
 
     prompt: int
     weight: float
-    begins: Switch | None
+    begins: tuple[Switch, ...]
+    text: Tensor
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a switch of this chunk does something to the cached past."""
+        return any(switch.policy != "keep" for switch in self.begins)
 
 
 def check_text(text: Tensor) -> None:
@@ -73,7 +81,7 @@ def check_text(text: Tensor) -> None:
 
 
 class PromptTimeline:
-    """The prompts of a stream in order of time; switches may be added while it runs."""
+    """The prompts of a stream in order of time. A rollout works on a copy: add to it by `Rollout.switch`."""
 
     def __init__(self, text: Tensor, switches: list[Switch] | None = None) -> None:
         check_text(text)
@@ -95,16 +103,30 @@ class PromptTimeline:
             )
         self.switches.append(switch)
 
-    def moment(self, starts: list[int]) -> Moment:
-        """What holds for the last of the chunks that start at `starts` (all starts of the stream so far)."""
+    def copy(self) -> PromptTimeline:
+        """A timeline of its own with the same texts: a rollout forgets what is over, the given one stays whole."""
+        twin = copy.copy(self)
+        twin.switches = list(self.switches)
+        return twin
+
+    def moment(self, starts: list[int], last: Tensor | None = None) -> Moment:
+        """What holds for the last of the chunks that start at `starts`; `last` is the text of the chunk before it.
+
+        A blend goes on from `last`, so a switch in the middle of another blend does not jump.
+        """
         current, previous = starts[-1], (starts[-2] if len(starts) > 1 else -1)
         index = sum(1 for s in self.switches if s.frame <= current)
         if index == 0:
-            return Moment(self.pruned, 1.0, None)
+            return Moment(self.pruned, 1.0, (), self.first)
         switch = self.switches[index - 1]
-        begins = switch if switch.frame > previous else None
+        begins = tuple(s for s in self.switches[:index] if s.frame > previous)
         since = sum(1 for start in starts if start >= switch.frame)
-        return Moment(self.pruned + index, min(1.0, since / switch.over), begins)
+        number = self.pruned + index
+        if since >= switch.over:
+            return Moment(number, 1.0, begins, switch.text)
+        old = self.first if last is None else last
+        text = _lerp(old, switch.text, 1 / (switch.over - since + 1))
+        return Moment(number, since / switch.over, begins, text)
 
     def text(self, index: int) -> Tensor:
         """Text of a prompt by its number in the stream."""
@@ -119,16 +141,6 @@ class PromptTimeline:
             self.first = self.switches.pop(0).text
             self.pruned += 1
 
-    def blended(self, moment: Moment) -> Tensor:
-        """Text [b, rows, channels] of a moment; exactly the new text once the blend is over."""
-        new = self.text(moment.prompt)
-        if moment.weight >= 1.0:
-            return new
-        old = self.text(moment.prompt - 1)
-        rows = max(old.shape[1], new.shape[1])
-        old, new = (torch.nn.functional.pad(t, (0, 0, 0, rows - t.shape[1])) for t in (old, new))
-        return torch.lerp(old, new, moment.weight)
-
     def snapshot(self) -> Snapshot:
         tensors = {"text.0": self.first.detach().clone()}
         tensors.update({f"text.{i + 1}": s.text.detach().clone() for i, s in enumerate(self.switches)})
@@ -138,12 +150,19 @@ class PromptTimeline:
         }
         return Snapshot(tensors, facts)
 
-    @staticmethod
-    def restored(snapshot: Snapshot) -> PromptTimeline:
+    @classmethod
+    def restored(cls, snapshot: Snapshot) -> PromptTimeline:
         switches = [
             Switch(text=snapshot.tensors[f"text.{i + 1}"], **fields)
             for i, fields in enumerate(snapshot.facts["switches"])
         ]
-        timeline = PromptTimeline(snapshot.tensors["text.0"], switches)
+        timeline = cls(snapshot.tensors["text.0"], switches)
         timeline.pruned = snapshot.facts["pruned"]
         return timeline
+
+
+def _lerp(old: Tensor, new: Tensor, weight: float) -> Tensor:
+    """old + weight (new - old); texts of fewer rows are padded with zeros."""
+    rows = max(old.shape[1], new.shape[1])
+    old, new = (torch.nn.functional.pad(t, (0, 0, 0, rows - t.shape[1])) for t in (old, new))
+    return torch.lerp(old, new, weight)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unspool.causal.cache.snapshot import Snapshot
 from unspool.causal.chunks import ChunkPlan, FrameSet
-from unspool.causal.visibility import Kind, Pass, Segment, Since, Visibility, Window, sink_of
+from unspool.causal.visibility import Kind, Pass, Segment, Since, Visibility, Window, capacity_of, sink_of
 from unspool.rollout.prompts import SinkPolicy
 
 
@@ -39,26 +39,42 @@ def plan_recache(
     if now == 0:
         return RecachePlan(visibility, FrameSet(), ())
     base = visibility.base if isinstance(visibility, Since) else visibility
-    if not isinstance(base, Window):
-        return RecachePlan(visibility, held, _passes(held, FrameSet(), plan, now, bidirectional, sigma))
-    if bidirectional and base.window >= now:
+    reach, floor = capacity_of(base), _floor(visibility)
+    if reach is None:
+        everything = FrameSet.of((floor, now)) | (visibility.keep if isinstance(visibility, Since) else held)
+        return RecachePlan(visibility, held, _passes(everything, FrameSet(), plan, now, bidirectional, sigma))
+    if bidirectional and reach >= now:
         sink = "replaced"  # as published: a recache that reaches frame 0 does not spare the sink
-    if sink == "replaced":
-        start = max(0, now - base.window)
-        moved: Visibility = replace(base, sink_start=start)
-        moved = replace(visibility, base=moved) if isinstance(visibility, Since) else moved
-        frames = FrameSet.of((max(start, _floor(visibility)), now))
+    size = len(sink_of(base))
+    if sink == "replaced" and size:
+        start = max(0, now - reach, floor)
+        moved = _with(visibility, _moved_sink(base, start))
+        frames = FrameSet.of((start, now))
         return RecachePlan(moved, held, _passes(frames, FrameSet(), plan, now, bidirectional, sigma))
-    if sink == "recomputed":
-        base = replace(base, sink_start=0)
-        visibility = replace(visibility, base=base) if isinstance(visibility, Since) else base
+    if sink == "recomputed" and size:
+        base = _moved_sink(base, 0) if isinstance(base, Window) else base
+        visibility = _with(visibility, base, keep=sink_of(base) & FrameSet.of((0, now)))
     kept = sink_of(base) & FrameSet.of((0, now))
-    start = max(now - (base.window - base.sink), _floor(visibility), 0)
-    recent = FrameSet.of((start, now)) - kept
+    recent = FrameSet.of((max(now - (reach - size), floor, 0), now)) - kept
     if sink == "recomputed":
         passes = _passes(recent | kept, FrameSet(), plan, now, bidirectional, sigma)
         return RecachePlan(visibility, held, passes)
     return RecachePlan(visibility, held - kept, _passes(recent, kept & held, plan, now, bidirectional, sigma))
+
+
+def _with(visibility: Visibility, base: Visibility, keep: FrameSet | None = None) -> Visibility:
+    """`visibility` over another base, with what a flush remembers of the sink replaced by `keep`."""
+    if not isinstance(visibility, Since):
+        return base
+    return replace(visibility, base=base, keep=visibility.keep if keep is None else keep)
+
+
+def _moved_sink(base: Visibility, start: int) -> Visibility:
+    if not isinstance(base, Window):
+        raise ValueError(
+            f"sink='replaced' cannot move the sink of {type(base).__name__}; use sink='kept' or 'recomputed', or Window"
+        )
+    return replace(base, sink_start=start)
 
 
 def _floor(visibility: Visibility) -> int:
@@ -93,7 +109,7 @@ class CleanHistory:
     def __init__(self, plan: ChunkPlan, window: int | None, sink: int) -> None:
         self.plan = plan
         self.window = window
-        self.sink = sink
+        self.sink = sink if plan.num_frames is None else min(sink, plan.num_frames)
         self.chunks: dict[int, Tensor] = {}
 
     def add(self, frames: range, latents: Tensor) -> None:

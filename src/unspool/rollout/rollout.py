@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unspool.causal.cache.kv import KVCache
+from unspool.causal.cache import CACHES
+from unspool.causal.cache.base import Cache, CacheFactory
 from unspool.causal.cache.snapshot import Snapshot, merge
 from unspool.causal.chunks import FrameSet
-from unspool.causal.visibility import Kind, Segment, Since, Visibility, Window, sink_of
+from unspool.causal.visibility import Kind, Segment, Since, Visibility, Window, capacity_of, sink_of
+from unspool.config import locate
 from unspool.models.base import Backbone, Prompts
 from unspool.rollout.branches import Branches, FrameConditions
+from unspool.rollout.identity import noise_facts, weights_mark
 from unspool.rollout.noise import NoiseSource
 from unspool.rollout.prompts import MAX_BLEND, Moment, PromptTimeline, Switch
 from unspool.rollout.recache import CleanHistory, plan_recache
@@ -40,6 +43,8 @@ class Rollout:
         frame_conditions: extra inputs per latent frame. cancel: asked before each pass, True raises `Cancelled`.
         grad: (chunk, step) -> bool, which passes keep gradients (step = number of steps stands for the commit pass).
         dtype: of the latents between passes. cache_dtype: of K/V (default: of the network's weights).
+        compiled: fuse the cache's small kernels (with `compile_backbone`). cache: a name of CACHES, a user's own
+            "module:Class", or what makes a cache when called like `KVCache`.
     Raises ValueError before any work when something does not fit.
     """
 
@@ -59,9 +64,10 @@ class Rollout:
         dtype: torch.dtype | None = None,
         cache_dtype: torch.dtype | None = None,
         compiled: bool = False,
+        cache: str | CacheFactory = "kv",
     ) -> None:
         self.backbone, self.config, self.noise = backbone, config, noise
-        self.timeline = text if isinstance(text, PromptTimeline) else PromptTimeline(text)
+        self.timeline = text.copy() if isinstance(text, PromptTimeline) else PromptTimeline(text)
         self.batch = self.timeline.first.shape[0]
         self.cancel, self.grad = cancel, grad
         weight = next(iter(backbone.parameters()))
@@ -71,21 +77,30 @@ class Rollout:
         self.visibility = config.visibility
         tokens = backbone.tokens_per_frame(*latent_size)
 
-        def make_cache(rows: int) -> KVCache:
-            return KVCache(
-                backbone.sites, batch=rows, tokens_per_frame=tokens, visibility=config.visibility,
-                positions=config.positions, dtype=cache_dtype or weight.dtype, device=weight.device, compiled=compiled,
-            )  # fmt: skip
+        factory = locate(cache, CACHES) if isinstance(cache, str) else cache
+
+        def make_cache(rows: int) -> Cache:
+            return factory(
+                backbone.sites,
+                batch=rows,
+                tokens_per_frame=tokens,
+                visibility=config.visibility,
+                positions=config.positions,
+                dtype=cache_dtype or weight.dtype,
+                device=weight.device,
+                compiled=compiled,
+            )
 
         self._check_prefix(prefix)
         self.branches = Branches(backbone, make_cache, config.guidance, negative, self.batch, frame_conditions)
-        base = config.visibility.base if isinstance(config.visibility, Since) else config.visibility
-        window = base.capacity if isinstance(base, Window) else None
-        self.history = CleanHistory(config.plan, window, len(sink_of(base)))
+        sink = max(sink_of(config.visibility), default=-1) + 1
+        self.history = CleanHistory(config.plan, capacity_of(config.visibility), sink)
         self.index = 0  # of the next chunk
         self.starts: list[int] = []  # of the chunks so far, as far back as a blend of prompts can reach
         self._pending: tuple[int, Moment] | None = None  # chunk that waits for its commit pass
         self._tail: Tensor | None = None  # its latents
+        self._repeat: Tensor | None = None  # prediction of a fused first step
+        self._text: Tensor | None = None  # of the last chunk
         self._entered = -1  # chunk whose switch has been carried out
         self._sigmas: dict[float, Tensor] = {}
         if prefix is not None:
@@ -107,16 +122,15 @@ class Rollout:
         """Generate the next chunk. Raises Cancelled between passes, ValueError past the end of the plan."""
         frames = self.config.plan.frames(self.index)
         starts = [*self.starts, frames.start]
-        moment = self.timeline.moment(starts)
+        moment = self.timeline.moment(starts, self._text)
         try:
-            with self._grad_mode(False):
-                self._enter(frames.start, moment)
+            self._enter(frames.start, moment)
             latents = self._denoise(frames, moment)
         except BaseException:
             self.branches.discard()
             raise
         self.history.add(frames, latents)
-        self.starts = starts[-MAX_BLEND:]
+        self.starts, self._text, self._repeat = starts[-MAX_BLEND:], moment.text, None
         self.timeline.prune(frames.start)
         if self.config.commit == "none":
             steps = self.config.schedule_of(self.index).num_steps
@@ -124,17 +138,28 @@ class Rollout:
         else:
             self._pending, self._tail = (self.index, moment), latents
         chunk = Chunk(
-            index=self.index, frames=frames, latents=latents, prompt=moment.prompt, switched=moment.begins is not None
+            index=self.index, frames=frames, latents=latents, prompt=moment.prompt, switched=bool(moment.begins)
         )
         self.index += 1
         return chunk
 
     def switch(self, text: Tensor, *, frame: int | None = None, **how: Any) -> Switch:
-        """Change the prompt from the next chunk on (or from latent frame `frame`); options as `Switch`."""
+        """Change the prompt from the next chunk on (or from latent frame `frame`); options as `Switch`.
+
+        Raises ValueError for a text that the network does not take, or a frame that is already made.
+        """
         start = self.config.plan.frames(self.index).start
-        switch = Switch(frame=start if frame is None else max(frame, start), text=text, **how)
+        if frame is not None and frame < start:
+            raise ValueError(f"frame={frame} is already made; expected a latent frame from {start} on, or None for now")
+        switch = Switch(frame=start if frame is None else frame, text=text, **how)
+        self.branches.admit(text)
         self.timeline.add(switch)
         return switch
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all caches of this stream."""
+        return self.branches.num_bytes
 
     def finish(self) -> None:
         """Run a commit pass that is still due."""
@@ -147,7 +172,7 @@ class Rollout:
         segment = Segment(kind=Kind.COMMIT, frames=frames, sigma=self.config.sigma_commit)
         wants = self._wants_grad(index, self.config.schedule_of(index).num_steps)
         with self._grad_mode(wants):
-            prompts = self.branches.prompts(self.timeline, moment)
+            prompts = self.branches.prompts(moment)
             self.branches.run((segment,), self._tail, self._sigma(self.config.sigma_commit), prompts)
             self.branches.promote(keep_graph=wants)
         self._pending, self._tail = None, None
@@ -156,38 +181,36 @@ class Rollout:
 
     def _enter(self, start: int, moment: Moment) -> None:
         """Commit what is due and carry out a prompt switch, once."""
-        switching = moment.begins is not None and self._entered != self.index
-        if self.config.commit != "fused" or switching or self.grad is not None:
+        rewriting = moment.rewrites and self._entered != self.index
+        if self.config.commit != "fused" or rewriting or self.grad is not None:
             self.finish()
-        if switching:
-            assert moment.begins is not None
-            self._switch(moment.begins, moment, start)
+        if rewriting:
+            with torch.no_grad():
+                for switch in moment.begins:
+                    self._switch(switch, moment, start)
         self._entered = self.index
 
     def _denoise(self, frames: range, moment: Moment) -> Tensor:
         config = self.config
         schedule = config.schedule_of(self.index)
         x = self._draw(frames, 0)
-        if schedule.sigmas[0] < 1.0:
-            raise ValueError(
-                f"schedule starts at sigma {schedule.sigmas[0]}: a rollout from noise starts at 1.0; "
-                "starting lower needs an input video"
-            )
         state = config.solver.start()
         segment = Segment(kind=Kind.DENOISE, frames=frames)
         for step in schedule.steps:
             self._check_cancel()
             with self._grad_mode(self._wants_grad(self.index, step.index)):
-                prompts = self.branches.prompts(self.timeline, moment)
+                prompts = self.branches.prompts(moment)
                 at = replace(segment, sigma=step.sigma)
-                prediction = self._forward(at, x, step.conditioning, prompts)
+                prediction = self._forward(at, x, step.conditioning, prompts, first=step.index == 0)
                 x0 = config.process.to_x0(x, prediction, step.sigma)
                 noise = partial(self._draw, frames, step.index + 1)  # drawn only where the solver asks for it
                 x, state = config.solver.step(x, x0, step.sigma, step.next_sigma, noise, state)
         return x
 
-    def _forward(self, segment: Segment, x: Tensor, told: float, prompts: list[Prompts]) -> Tensor:
+    def _forward(self, segment: Segment, x: Tensor, told: float, prompts: list[Prompts], *, first: bool) -> Tensor:
         """Prediction for one denoising pass, with the previous chunk's commit in the same forward where that is due."""
+        if first and self._repeat is not None:
+            return self._repeat  # the chunk is tried again after its first step went through with the commit
         if self._pending is None:
             return self.branches.run((segment,), x, self._sigma(told), prompts)
         index, moment = self._pending
@@ -196,7 +219,7 @@ class Rollout:
         commit = Segment(kind=Kind.COMMIT, frames=before, sigma=self.config.sigma_commit)
         levels = [self.config.sigma_commit] * len(before) + [told] * len(segment.frames)
         sigma = torch.tensor([levels], dtype=torch.float64)
-        old = self.branches.prompts(self.timeline, moment)
+        old = self.branches.prompts(moment)
         joined, which = prompts, None
         if old is not prompts:
             joined = [Prompts.join([a, b], 1) for a, b in zip(old, prompts, strict=True)]
@@ -205,7 +228,8 @@ class Rollout:
         prediction = self.branches.run((commit, segment), latents, sigma, joined, which)
         self.branches.promote()
         self._pending, self._tail = None, None
-        return prediction[:, len(before) :]
+        self._repeat = prediction[:, len(before) :]
+        return self._repeat
 
     def _draw(self, frames: range, step: int) -> Tensor:
         return self.noise.draw(frames, step, self.shape, self.dtype, self.device)
@@ -245,9 +269,8 @@ class Rollout:
         self._see(plan.visibility)
         for each in self.branches.caches:
             each.drop(plan.forget)
-        prompts = self.branches.prompts(self.timeline, moment)
+        prompts = self.branches.prompts(moment)
         for segments in plan.passes:
-            self._check_cancel()
             latents = torch.cat([self.history.take(s.frames) for s in segments], dim=1)
             self.branches.run(segments, latents, self._sigma(self.config.sigma_commit), prompts)
             self.branches.promote()
@@ -280,10 +303,11 @@ class Rollout:
         with torch.no_grad():
             for frames in self.config.plan.chunks(0, prefix.shape[1]):
                 self.starts.append(frames.start)
-                moment = self.timeline.moment(self.starts)
+                moment = self.timeline.moment(self.starts, self._text)
+                self._text = moment.text
                 latents = prefix[:, frames.start : frames.stop]
                 segment = Segment(kind=Kind.PREFILL, frames=frames, sigma=self.config.sigma_commit)
-                prompts = self.branches.prompts(self.timeline, moment)
+                prompts = self.branches.prompts(moment)
                 self.branches.run((segment,), latents, self._sigma(self.config.sigma_commit), prompts)
                 self.branches.promote()
                 self.history.add(frames, latents)
@@ -303,7 +327,10 @@ class Rollout:
             "index": self.index,
             "entered": self._entered,
             "starts": self.starts,
-            "pending": None if self._pending is None else [self._pending[0], *_moment_facts(self._pending[1])],
+            "pending": None if self._pending is None else self._pending[0],
+            "moment": None if self._pending is None else [self._pending[1].prompt, self._pending[1].weight],
+            "noise": noise_facts(self.noise),
+            "weights": weights_mark(self.backbone),
             "sink_start": base.sink_start if isinstance(base, Window) else None,
             "floor": floor,
             "keep": keep,
@@ -312,6 +339,7 @@ class Rollout:
             "branches": self.branches.snapshot(),
             "history": self.history.snapshot(),
             "timeline": self.timeline.snapshot(),
+            "text": Snapshot({} if self._text is None else {"last": self._text.detach().clone()}, {}),
         }
         return merge(parts, facts)
 
@@ -323,20 +351,32 @@ class Rollout:
                 f"snapshot of shape {facts.get('shape')} and {facts.get('config')}: expected {list(self.shape)} and "
                 f"{self.config.fingerprint}; make the rollout with the configuration of the snapshot"
             )
+        for name, got, expected in (
+            ("noise", facts.get("noise"), noise_facts(self.noise)),
+            ("weights", facts.get("weights"), weights_mark(self.backbone)),
+        ):
+            if got != expected:
+                raise ValueError(
+                    f"snapshot made with other {name} ({got}): expected {expected}; a stream goes on only with the same"
+                )
         base = _base(self.config.visibility)
         if facts["sink_start"] is not None:
             base = replace(base, sink_start=facts["sink_start"])  # type: ignore[type-var]
         if facts["floor"] is not None:
             base = Since(base=base, floor=facts["floor"], keep=FrameSet.of(*map(tuple, facts["keep"])))
+        self.branches.check(snapshot.nested("branches"), base)
         self._see(base)
         self.branches.restore(snapshot.nested("branches"))
         self.history.restore(snapshot.nested("history"))
-        self.timeline = PromptTimeline.restored(snapshot.nested("timeline"))
+        self.timeline = type(self.timeline).restored(snapshot.nested("timeline"))
         self.index, self._entered, self.starts = facts["index"], facts["entered"], list(facts["starts"])
-        self._pending, self._tail = None, None
+        self._text = snapshot.nested("text").tensors.get("last")
+        self._pending, self._tail, self._repeat = None, None, None
         if facts["pending"] is not None:
-            index, prompt, weight = facts["pending"]
-            self._pending, self._tail = (index, Moment(prompt, weight, None)), self.history.chunks[index]
+            assert self._text is not None
+            prompt, weight = facts["moment"]
+            self._pending = (facts["pending"], Moment(prompt, weight, (), self._text))
+            self._tail = self.history.chunks[facts["pending"]]
 
 
 __all__ = ["Cancelled", "Chunk", "Rollout", "RolloutConfig", "rollout"]
@@ -344,10 +384,6 @@ __all__ = ["Cancelled", "Chunk", "Rollout", "RolloutConfig", "rollout"]
 
 def _base(visibility: Visibility) -> Visibility:
     return visibility.base if isinstance(visibility, Since) else visibility
-
-
-def _moment_facts(moment: Moment) -> list[Any]:
-    return [moment.prompt, moment.weight]
 
 
 def rollout(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from torch import Tensor
 
+from unspool.causal.cache.snapshot import describe
 from unspool.causal.chunks import ChunkPlan
 from unspool.causal.position import Absolute, PositionPolicy
 from unspool.causal.visibility import Visibility, check_window
@@ -45,6 +46,28 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_window(self.visibility, self.plan.longest)
+        for name, value, kind in (
+            ("visibility", self.visibility, Visibility),
+            ("positions", self.positions, PositionPolicy),
+            ("solver", self.solver, Solver),
+            ("process", self.process, Process),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"{name}={value!r}: expected an object with the methods of {kind.__name__}; make one from a name "
+                    "by unspool.config.locate(name, table)()"
+                )
+        process = getattr(self.solver, "process", self.process)  # a solver that uses no process has no say in it
+        if process != self.process:
+            raise ValueError(
+                f"solver {self.solver} is made for {process}: expected {self.process}, the rollout's process"
+            )
+        for schedule in (self.schedule, self.first_schedule):
+            if schedule is not None and schedule.sigmas[0] != 1.0:
+                raise ValueError(
+                    f"schedule starts at sigma {schedule.sigmas[0]}: a rollout begins with pure noise, sigma 1.0; "
+                    "starting lower needs an input video"
+                )
         if not 0.0 <= self.sigma_commit <= 1.0:
             raise ValueError(f"sigma_commit={self.sigma_commit}: expected a noise level in [0, 1], 0 for clean")
         if self.commit not in ("separate", "fused", "none"):
@@ -56,7 +79,8 @@ class RolloutConfig:
     @property
     def fingerprint(self) -> str:
         """What a snapshot must agree with."""
-        return repr(self)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ", ".join(f"{name}={describe(v) if hasattr(v, '__dict__') else v!r}" for name, v in values.items())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,9 +84,9 @@ class KVCache:
         rows = self.batch * site.rows
 
         def zeros(frames: int) -> Tensor:
-            return torch.zeros(
-                rows, frames * self.tokens(site), site.heads, site.head_dim, dtype=self.dtype, device=self.device
-            )
+            shape = (rows, frames * self.tokens(site), site.heads, site.head_dim)
+            with torch.inference_mode(False):  # what is made inside that mode can never be written outside of it
+                return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
         sink = len(sink_of(self.visibility)) if self.positions.moves_keys else 0
         return Entry(zeros(capacity), zeros(capacity), zeros(sink) if sink else None)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from unspool.causal.cache.snapshot import Snapshot, describe
 
 if TYPE_CHECKING:
     from unspool.causal.cache.kv import KVCache
+    from unspool.causal.visibility import Visibility
 
 
 @dataclass
@@ -22,8 +24,8 @@ class Entry:
     masters: Tensor | None = None  # sink keys as first written, from which moved ones are rotated
 
 
-def _policies(cache: KVCache) -> str:
-    return f"{describe(cache.visibility)}, {describe(cache.positions)}"
+def _policies(cache: KVCache, visibility: Visibility | None = None) -> str:
+    return f"{describe(visibility or cache.visibility)}, {describe(cache.positions)}"
 
 
 def take(cache: KVCache) -> Snapshot:
@@ -46,13 +48,14 @@ def take(cache: KVCache) -> Snapshot:
     return Snapshot(tensors, facts)
 
 
-def _check(cache: KVCache, snapshot: Snapshot) -> None:
+def check(cache: KVCache, snapshot: Snapshot, visibility: Visibility | None = None) -> None:
+    """Raise ValueError unless `cache` (once it sees `visibility`, where given) can be restored from `snapshot`."""
     stored = sum(name.startswith("keys.") for name in snapshot.tensors)
     policies = snapshot.facts.get("policies")
-    if policies != _policies(cache) or stored != len(cache.sites):
+    if policies != _policies(cache, visibility) or stored != len(cache.sites):
         raise ValueError(
-            f"snapshot of {stored} sites and {policies}: expected {len(cache.sites)} sites and {_policies(cache)}; "
-            "restore it into a cache of the same network and policies"
+            f"snapshot of {stored} sites and {policies}: expected {len(cache.sites)} sites and "
+            f"{_policies(cache, visibility)}; restore it into a cache of the same network and policies"
         )
     for index, site in cache.sites.items():
         shape = (
@@ -72,17 +75,11 @@ def _check(cache: KVCache, snapshot: Snapshot) -> None:
 
 def put_back(cache: KVCache, snapshot: Snapshot) -> None:
     """Make `cache` what it was. Raises ValueError, and changes nothing, when the snapshot is of another cache."""
-    _check(cache, snapshot)
+    check(cache, snapshot)
     cache.discard()
     cache.graph.clear()
-    for index in cache.sites:
-        masters = snapshot.tensors.get(f"masters.{index}")
-        cache.entries[index] = Entry(
-            snapshot.tensors[f"keys.{index}"].to(cache.device, copy=True),
-            snapshot.tensors[f"values.{index}"].to(cache.device, copy=True),
-            None if masters is None else masters.to(cache.device, copy=True),
-        )
-        cache.pending[index] = {}
+    with torch.inference_mode(False):
+        _copy(cache, snapshot)
     facts = snapshot.facts
     cache.slots.capacity = facts["capacity"]
     cache.slots.promoted = dict(map(tuple, facts["promoted"]))
@@ -91,3 +88,14 @@ def put_back(cache: KVCache, snapshot: Snapshot) -> None:
     cache.master_slots = {f: (row, written) for f, row, written in facts["masters"]}
     for index, frame, shift in facts["pending"]:
         cache.pending[index][frame] = shift
+
+
+def _copy(cache: KVCache, snapshot: Snapshot) -> None:
+    for index in cache.sites:
+        masters = snapshot.tensors.get(f"masters.{index}")
+        cache.entries[index] = Entry(
+            snapshot.tensors[f"keys.{index}"].to(cache.device, copy=True),
+            snapshot.tensors[f"values.{index}"].to(cache.device, copy=True),
+            None if masters is None else masters.to(cache.device, copy=True),
+        )
+        cache.pending[index] = {}

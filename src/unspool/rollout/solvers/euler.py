@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from unspool.diffusion.flow import interpolate
+from unspool.diffusion.flow import FlowMatching, interpolate
 from unspool.rollout.solvers.base import Noise, SolverState, check_move
 from unspool.shapes import Latent
 
@@ -17,6 +17,7 @@ class Euler:
     """One straight move per step, for flow matching (implements `Solver`). Measured order 1."""
 
     needs_noise: ClassVar[bool] = False
+    process: ClassVar[FlowMatching] = FlowMatching()
 
     def start(self) -> SolverState:
         """Empty: each step knows all it needs."""

@@ -26,6 +26,7 @@ class Multistep:
     """
 
     needs_noise: ClassVar[bool] = False
+    process: ClassVar[FlowMatching] = FlowMatching()
 
     def start(self) -> SolverState:
         """Empty: the first step has no past."""
