@@ -1,4 +1,4 @@
-"""A stream that stops and goes on: snapshots, in this process and in another one, and cancelled chunks; bit for bit."""
+"""A stream that stops and goes on from a snapshot, in this process and in another one, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Setting, assert_close, counted, differs, make_network, make_rollout, run, shared_network, text
+from tiny import NOISE, Setting, differs, make_network, make_rollout, run, shared_network, text
 from torch import Tensor
 
 from unspool.causal.cache.snapshot import Snapshot
+from unspool.rollout.noise import CounterNoise
 from unspool.rollout.prompts import Switch
-from unspool.rollout.rollout import Cancelled, Rollout
+from unspool.rollout.rollout import Rollout
 
 ROOT = Path(__file__).parents[2]
 GO_ON = 5  # chunks after the snapshot
@@ -253,109 +254,17 @@ def test_damaged_bytes_are_refused() -> None:
     assert not silent
 
 
-# ---- cancelled between passes -------------------------------------------------------------------------------------
-
-CANCELLED = {
-    "separate": Scenario(setting=WINDOW, switches=[switch(4, 1, "keep")]),
-    "no commits": Scenario(setting=RELATIVE, options={"commit": "none"}),
-    "two caches": Scenario(setting=GUIDED, options={"mode": "two_caches"}),
-    "recache": Scenario(setting=THIRD, switches=[switch(9, 1, "recache")]),
-    "recache, sink replaced": Scenario(setting=THIRD, switches=[switch(9, 1, "recache", sink="replaced")]),
-    "recache, sink recomputed": Scenario(setting=THIRD, switches=[switch(9, 1, "recache", sink="recomputed")]),
-    "recache, published": Scenario(setting=THIRD, switches=[switch(12, 1, "recache_bidirectional")]),
-    "flush": Scenario(setting=THIRD, switches=[switch(9, 1, "flush")]),
-    "full": Scenario(setting=Setting(num_frames=40), switches=[switch(4, 1, "keep")]),
-}
-
-
-def with_cancels(scenario: Scenario, at: Callable[[int], bool], chunks: int = 5) -> tuple[Tensor, int, int]:
-    """Latents, how often `cancel` was asked and said yes; every cancelled chunk is asked for again."""
-    asked, cancelled = 0, 0
-
-    def cancel() -> bool:
-        nonlocal asked
-        asked += 1
-        return at(asked - 1)
-
-    stream, parts = scenario.rollout(cancel=cancel), []
-    while len(parts) < chunks:
-        try:
-            parts.append(stream.next_chunk().latents)
-        except Cancelled:
-            cancelled += 1
-    return torch.cat(parts, 1), asked, cancelled
-
-
-def every_cancel(scenario: Scenario) -> list[tuple[Tensor, Tensor]]:
-    want, asked, _ = with_cancels(scenario, lambda at: False)
-    results = []
-    for index in range(asked):
-        got, _, cancelled = with_cancels(scenario, lambda at, index=index: at == index)  # type: ignore[misc]
-        assert cancelled == 1
-        results.append((got, want))
-    return results
-
-
-@pytest.mark.parametrize("name", CANCELLED)
-def test_a_cancelled_chunk_can_be_asked_for_again(name: str) -> None:
-    """At every pass: a denoising step, a commit, the recache of a switch. What comes then is bitwise the same."""
-    for got, want in every_cancel(CANCELLED[name]):
-        assert torch.equal(got, want)
-
-
-def test_a_cancelled_recache_of_everything() -> None:
-    """The retry recaches what the cache still holds, which is nothing."""
-    for got, want in every_cancel(Scenario(setting=Setting(num_frames=40), switches=[switch(4, 1, "recache")])):
-        assert torch.equal(got, want)
-
-
-def test_a_cancelled_fused_chunk() -> None:
-    """Once the commit has gone through with the first step, that step is repeated alone: equal, to the last bits."""
-    for scenario in (Scenario(setting=RELATIVE, options={"commit": "fused"}), SCENARIOS["in mid-blend, fused"]):
-        for got, want in every_cancel(scenario):
-            assert_close(got, want, 1e-13)
-
-
-def test_a_cancelled_fused_chunk_bit_for_bit() -> None:
-    for got, want in every_cancel(Scenario(setting=RELATIVE, options={"commit": "fused"})):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("name", CANCELLED)
-def test_cancelled_again_and_again(name: str) -> None:
-    """Two of three questions are answered yes: every pass of a chunk is tried, none is done twice, none is lost."""
-    scenario = CANCELLED[name]
-    with counted(shared_network()) as calls:
-        want, asked, _ = with_cancels(scenario, lambda at: False)
-        plain = len(calls)
-    with pytest.raises(Cancelled, match="chunk 0"):
-        scenario.rollout(cancel=lambda: True).next_chunk()
-    with counted(shared_network()) as calls, pytest.raises(Cancelled):
-        scenario.rollout(cancel=lambda: True).next_chunk()
-    assert calls == [] and plain >= asked
-    seen: set[int] = set()
-    got, _, cancelled = with_cancels(scenario, lambda at: at % 7 == 3 and not seen.add(at))  # type: ignore[func-returns-value]
-    assert cancelled > 1 and torch.equal(got, want)
-
-
-def test_a_snapshot_between_a_cancel_and_the_retry() -> None:
-    """A chunk that was cancelled in its recache can be finished in another stream."""
-    for name in ("recache", "recache, sink replaced", "recache, sink recomputed", "flush", "separate", "two caches"):
-        scenario = CANCELLED[name]
-        want, asked, _ = with_cancels(scenario, lambda at: False)
-        for index in range(0, asked, 2):
-            count = iter(range(10**6))
-            stream, parts = scenario.rollout(cancel=lambda i=index, c=count: next(c) == i), []  # type: ignore[misc]
-            while True:
-                try:
-                    parts.append(stream.next_chunk().latents)
-                except Cancelled:
-                    break
-            other = replace(scenario, switches=()).rollout()
-            other.restore(Snapshot.from_bytes(stream.snapshot().to_bytes()))
-            while len(parts) < 5:
-                parts.append(other.next_chunk().latents)
-            assert torch.equal(torch.cat(parts, 1), want)
+@pytest.mark.parametrize("changed", ["weights", "noise", "number of samples"])
+def test_another_stream_is_refused(changed: str) -> None:
+    """Same settings and sizes, but other weights, another seed or other samples: it would go on as a mixture."""
+    data, _, _ = bytes_of("window and sink")
+    network, noise = shared_network(), NOISE
+    if changed == "weights":
+        network = make_network(seed=1).requires_grad_(False)
+    else:
+        noise = CounterNoise(NOISE.seed + 1) if changed == "noise" else CounterNoise(NOISE.seed, sample_ids=(0, 2))
+    with pytest.raises(ValueError, match="snapshot made with other"):
+        make_rollout(network, WINDOW, text(0), noise=noise).restore(Snapshot.from_bytes(data))
 
 
 def test_scenarios_do_something() -> None:

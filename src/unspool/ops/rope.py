@@ -86,4 +86,4 @@ def rotate_and_stage(
     """
     keys.index_copy_(1, index, rotate(k, cos, sin).to(keys.dtype))
     values.index_copy_(1, index, v.to(values.dtype))
-    return rotate(q, cos, sin)
+    return rotate(q, cos, sin).transpose(1, 2).contiguous().transpose(1, 2)  # head by head, as attention reads it

@@ -66,11 +66,6 @@ class Moment:
     begins: tuple[Switch, ...]
     text: Tensor
 
-    @property
-    def rewrites(self) -> bool:
-        """Whether a switch of this chunk does something to the cached past."""
-        return any(switch.policy != "keep" for switch in self.begins)
-
 
 def check_text(text: Tensor) -> None:
     """Raise ValueError unless `text` is finite [b, rows, channels]."""
@@ -125,8 +120,17 @@ class PromptTimeline:
         if since >= switch.over:
             return Moment(number, 1.0, begins, switch.text)
         old = self.first if last is None else last
-        text = _lerp(old, switch.text, 1 / (switch.over - since + 1))
+        text = self.mix(old, switch.text, 1 / (switch.over - since + 1))
         return Moment(number, since / switch.over, begins, text)
+
+    def mix(self, old: Tensor, new: Tensor, weight: float) -> Tensor:
+        """The text that lies `weight` of the way from `old` (of the chunk before) to `new`: here a straight line.
+
+        Texts of fewer rows are padded with zeros. A subclass may go another way; the last chunk gets `new` itself.
+        """
+        rows = max(old.shape[1], new.shape[1])
+        old, new = (torch.nn.functional.pad(t, (0, 0, 0, rows - t.shape[1])) for t in (old, new))
+        return torch.lerp(old, new, weight)
 
     def text(self, index: int) -> Tensor:
         """Text of a prompt by its number in the stream."""
@@ -159,10 +163,3 @@ class PromptTimeline:
         timeline = cls(snapshot.tensors["text.0"], switches)
         timeline.pruned = snapshot.facts["pruned"]
         return timeline
-
-
-def _lerp(old: Tensor, new: Tensor, weight: float) -> Tensor:
-    """old + weight (new - old); texts of fewer rows are padded with zeros."""
-    rows = max(old.shape[1], new.shape[1])
-    old, new = (torch.nn.functional.pad(t, (0, 0, 0, rows - t.shape[1])) for t in (old, new))
-    return torch.lerp(old, new, weight)

@@ -99,9 +99,11 @@ class Rollout:
         self.starts: list[int] = []  # of the chunks so far, as far back as a blend of prompts can reach
         self._pending: tuple[int, Moment] | None = None  # chunk that waits for its commit pass
         self._tail: Tensor | None = None  # its latents
-        self._repeat: Tensor | None = None  # prediction of a fused first step
+        self._repeat: tuple[tuple[int, float], Tensor] | None = (
+            None  # (prompt, weight), prediction of a fused first step
+        )
         self._text: Tensor | None = None  # of the last chunk
-        self._entered = -1  # chunk whose switch has been carried out
+        self._switched = 0  # number of the last switch that was carried out
         self._sigmas: dict[float, Tensor] = {}
         if prefix is not None:
             self._prefill(prefix)
@@ -129,14 +131,15 @@ class Rollout:
         except BaseException:
             self.branches.discard()
             raise
-        self.history.add(frames, latents)
+        self.history.add(frames, latents.detach().clone())  # what the caller does to its copy is the caller's business
         self.starts, self._text, self._repeat = starts[-MAX_BLEND:], moment.text, None
         self.timeline.prune(frames.start)
         if self.config.commit == "none":
             steps = self.config.schedule_of(self.index).num_steps
             self.branches.promote(keep_graph=self._wants_grad(self.index, steps))
         else:
-            self._pending, self._tail = (self.index, moment), latents
+            kept = latents if latents.requires_grad else self.history.chunks[self.index]
+            self._pending, self._tail = (self.index, moment), kept
         chunk = Chunk(
             index=self.index, frames=frames, latents=latents, prompt=moment.prompt, switched=bool(moment.begins)
         )
@@ -181,14 +184,15 @@ class Rollout:
 
     def _enter(self, start: int, moment: Moment) -> None:
         """Commit what is due and carry out a prompt switch, once."""
-        rewriting = moment.rewrites and self._entered != self.index
+        first = moment.prompt - len(moment.begins) + 1
+        due = [(first + i, switch) for i, switch in enumerate(moment.begins) if first + i > self._switched]
+        rewriting = any(switch.policy != "keep" for _, switch in due)
         if self.config.commit != "fused" or rewriting or self.grad is not None:
             self.finish()
-        if rewriting:
+        for number, switch in due:
             with torch.no_grad():
-                for switch in moment.begins:
-                    self._switch(switch, moment, start)
-        self._entered = self.index
+                self._switch(switch, moment, start)
+            self._switched = number
 
     def _denoise(self, frames: range, moment: Moment) -> Tensor:
         config = self.config
@@ -201,16 +205,20 @@ class Rollout:
             with self._grad_mode(self._wants_grad(self.index, step.index)):
                 prompts = self.branches.prompts(moment)
                 at = replace(segment, sigma=step.sigma)
-                prediction = self._forward(at, x, step.conditioning, prompts, first=step.index == 0)
+                prediction = self._forward(
+                    at, x, step.conditioning, prompts, key=(moment.prompt, moment.weight), first=step.index == 0
+                )
                 x0 = config.process.to_x0(x, prediction, step.sigma)
                 noise = partial(self._draw, frames, step.index + 1)  # drawn only where the solver asks for it
                 x, state = config.solver.step(x, x0, step.sigma, step.next_sigma, noise, state)
         return x
 
-    def _forward(self, segment: Segment, x: Tensor, told: float, prompts: list[Prompts], *, first: bool) -> Tensor:
+    def _forward(
+        self, segment: Segment, x: Tensor, told: float, prompts: list[Prompts], *, key: tuple[int, float], first: bool
+    ) -> Tensor:
         """Prediction for one denoising pass, with the previous chunk's commit in the same forward where that is due."""
-        if first and self._repeat is not None:
-            return self._repeat  # the chunk is tried again after its first step went through with the commit
+        if first and self._repeat is not None and self._repeat[0] == key:
+            return self._repeat[1]  # the chunk is tried again after its first step went through with the commit
         if self._pending is None:
             return self.branches.run((segment,), x, self._sigma(told), prompts)
         index, moment = self._pending
@@ -228,8 +236,8 @@ class Rollout:
         prediction = self.branches.run((commit, segment), latents, sigma, joined, which)
         self.branches.promote()
         self._pending, self._tail = None, None
-        self._repeat = prediction[:, len(before) :]
-        return self._repeat
+        self._repeat = (key, prediction[:, len(before) :])
+        return self._repeat[1]
 
     def _draw(self, frames: range, step: int) -> Tensor:
         return self.noise.draw(frames, step, self.shape, self.dtype, self.device)
@@ -308,6 +316,7 @@ class Rollout:
                 latents = prefix[:, frames.start : frames.stop]
                 segment = Segment(kind=Kind.PREFILL, frames=frames, sigma=self.config.sigma_commit)
                 prompts = self.branches.prompts(moment)
+                self._check_cancel()
                 self.branches.run((segment,), latents, self._sigma(self.config.sigma_commit), prompts)
                 self.branches.promote()
                 self.history.add(frames, latents)
@@ -325,7 +334,8 @@ class Rollout:
             "config": self.config.fingerprint,
             "shape": list(self.shape),
             "index": self.index,
-            "entered": self._entered,
+            "switched": self._switched,
+            "repeat": None if self._repeat is None else list(self._repeat[0]),
             "starts": self.starts,
             "pending": None if self._pending is None else self._pending[0],
             "moment": None if self._pending is None else [self._pending[1].prompt, self._pending[1].weight],
@@ -339,7 +349,7 @@ class Rollout:
             "branches": self.branches.snapshot(),
             "history": self.history.snapshot(),
             "timeline": self.timeline.snapshot(),
-            "text": Snapshot({} if self._text is None else {"last": self._text.detach().clone()}, {}),
+            "loose": Snapshot(_present(text=self._text, repeat=None if self._repeat is None else self._repeat[1]), {}),
         }
         return merge(parts, facts)
 
@@ -369,9 +379,13 @@ class Rollout:
         self.branches.restore(snapshot.nested("branches"))
         self.history.restore(snapshot.nested("history"))
         self.timeline = type(self.timeline).restored(snapshot.nested("timeline"))
-        self.index, self._entered, self.starts = facts["index"], facts["entered"], list(facts["starts"])
-        self._text = snapshot.nested("text").tensors.get("last")
-        self._pending, self._tail, self._repeat = None, None, None
+        self.index, self._switched, self.starts = facts["index"], facts["switched"], list(facts["starts"])
+        loose = snapshot.nested("loose").tensors
+        self._text = loose.get("text")
+        self._repeat = None
+        if facts["repeat"] is not None:
+            self._repeat = ((facts["repeat"][0], facts["repeat"][1]), loose["repeat"].to(self.device))
+        self._pending, self._tail = None, None
         if facts["pending"] is not None:
             assert self._text is not None
             prompt, weight = facts["moment"]
@@ -380,6 +394,10 @@ class Rollout:
 
 
 __all__ = ["Cancelled", "Chunk", "Rollout", "RolloutConfig", "rollout"]
+
+
+def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in tensors.items() if t is not None}
 
 
 def _base(visibility: Visibility) -> Visibility:

@@ -91,11 +91,11 @@ def put_back(cache: KVCache, snapshot: Snapshot) -> None:
 
 
 def _copy(cache: KVCache, snapshot: Snapshot) -> None:
-    for index in cache.sites:
-        masters = snapshot.tensors.get(f"masters.{index}")
-        cache.entries[index] = Entry(
-            snapshot.tensors[f"keys.{index}"].to(cache.device, copy=True),
-            snapshot.tensors[f"values.{index}"].to(cache.device, copy=True),
-            None if masters is None else masters.to(cache.device, copy=True),
-        )
+    for index, site in cache.sites.items():
+        entry = cache.allocate(site, snapshot.facts["capacity"])  # for the layout, which a file does not keep
+        entry.keys.copy_(snapshot.tensors[f"keys.{index}"])
+        entry.values.copy_(snapshot.tensors[f"values.{index}"])
+        if entry.masters is not None:
+            entry.masters.copy_(snapshot.tensors[f"masters.{index}"])
+        cache.entries[index] = entry
         cache.pending[index] = {}

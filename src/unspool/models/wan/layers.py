@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unspool.causal.context import Context, Site
 from unspool.ops.attention import sdpa
-from unspool.ops.norm import gated_add, layer_norm, modulate, per_frame, rms_norm, upcast
+from unspool.ops.norm import gated_add, gelu_tanh, layer_norm, modulate, per_frame, rms_norm, upcast
 from unspool.ops.rope import Rope
 
 
@@ -120,7 +120,9 @@ class Block(nn.Module):
         normed = layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias).to(x.dtype)
         x = x + self.cross_attn(normed, k, v).to(x.dtype)
         shift, scale, gate = self._rows(time, 3)
-        return gated_add(x, self.ffn(modulate(layer_norm(x, self.eps), shift, scale).to(x.dtype)), gate)
+        inner, _, outer = self.ffn
+        widened = inner(modulate(layer_norm(x, self.eps), shift, scale).to(x.dtype))
+        return gated_add(x, outer(gelu_tanh(widened)), gate)
 
     def forward(self, x: Tensor, time: Tensor, k: Tensor, v: Tensor, context: Context, rope: Rope) -> Tensor:
         queries, keys, values = self.before_attention(x, time)

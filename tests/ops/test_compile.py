@@ -1,0 +1,70 @@
+"""torch.compile: the same numbers, no compilation per cache size, and plain eager code where there is no compiler."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.visibility import Window
+from unspool.diffusion.schedule import few_step
+from unspool.evaluate.exactness import random_network
+from unspool.ops import compile as compiling
+from unspool.rollout.noise import CounterNoise
+from unspool.rollout.rollout import Rollout, RolloutConfig
+
+
+def stream(net, compiled: bool) -> Rollout:
+    config = RolloutConfig(
+        plan=ChunkPlan(chunk=2), schedule=few_step((1000, 500), shift=5.0), visibility=Window(window=7, sink=1)
+    )
+    text = torch.randn(1, 10, 24, generator=torch.Generator().manual_seed(0))
+    return Rollout(net, config, text, noise=CounterNoise(0), latent_size=(4, 4), compiled=compiled)
+
+
+def test_compiled_rollout_equals_eager_and_compiles_nothing_anew_as_the_window_fills():
+    if not compiling.compiler_works():
+        pytest.skip("no working compiler here: torch.compile falls back to eager code")
+    from torch._dynamo.utils import counters
+
+    eager = stream(random_network(torch.float32, layers=2), False)
+    expected = [eager.next_chunk().latents for _ in range(10)]
+    fast = stream(compiling.compile_backbone(random_network(torch.float32, layers=2)), True)
+    got = [fast.next_chunk().latents for _ in range(2)]
+    graphs = counters["stats"]["unique_graphs"]
+    got += [fast.next_chunk().latents for _ in range(8)]
+    assert graphs > 0 and counters["stats"]["unique_graphs"] == graphs
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).abs().max() / b.std()) <= 1e-5
+
+
+def test_without_a_compiler_everything_runs_eagerly_after_one_notice(monkeypatch, caplog):
+    def broken(*args, **options):
+        raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compiling.compiler_works.cache_clear()
+    compiling.compiled.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, logger="unspool"):
+            net = random_network(torch.float32, layers=2)
+            expected = stream(random_network(torch.float32, layers=2), False).next_chunk().latents
+            got = stream(compiling.compile_backbone(net), True).next_chunk().latents
+            stream(net, True)
+        assert torch.equal(got, expected)
+        told = [r for r in caplog.records if "torch.compile is not usable" in r.getMessage()]
+        assert len(told) <= 1  # once per process, perhaps told by an earlier test
+    finally:
+        compiling.compiler_works.cache_clear()
+        compiling.compiled.cache_clear()
+
+
+def test_the_fast_gelu_is_the_same_function():
+    """The sigmoid form that is compiled for a CPU against torch's tanh form, far into both tails."""
+    from unspool.ops.norm import gelu_tanh
+
+    x = torch.cat([torch.linspace(-30, 30, 20001, dtype=torch.float64), torch.tensor([-1e4, 0.0, 1e4]).double()])
+    written_out = x * torch.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+    assert (gelu_tanh(x) - written_out).abs().max() <= 1e-12
