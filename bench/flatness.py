@@ -60,6 +60,11 @@ def resident_bytes() -> int:
     return int(fields[1]) * 4096
 
 
+def fastest(times: list[float]) -> float:
+    """Mean of the fastest quarter."""
+    return statistics.fmean(sorted(times)[: max(len(times) // 4, 1)])
+
+
 def slope_per_1000(values: list[tuple[int, float]]) -> float:
     """Least-squares slope of the values per 1000 chunks."""
     xs, ys = [x / 1000 for x, _ in values], [y for _, y in values]
@@ -102,6 +107,7 @@ def flat(chunks: int) -> dict[str, object]:
         "ms_100_200": round(statistics.median(early), 3),
         "ms_last_100": round(statistics.median(late), 3),
         "time_ratio": round(statistics.median(late) / statistics.median(early), 3),
+        "time_ratio_fastest_quarter": round(fastest(late) / fastest(early), 3),  # less noise of the machine
         "cache_bytes": sorted({s[3] for s in samples}),
         "live_tensors": [min(s[1] for s in settled), max(s[1] for s in settled)],
         "live_bytes": [min(s[2] for s in settled), max(s[2] for s in settled)],

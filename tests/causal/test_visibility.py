@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from oracle import Rule, chunk_bounds, reads_past
 
 from unspool.causal.chunks import FrameSet
-from unspool.causal.visibility import VISIBILITIES, Full, Kind, Segment, Since, Visibility, Window, retained, sink_of
+from unspool.causal.visibility import (
+    VISIBILITIES,
+    Full,
+    Kind,
+    Segment,
+    Since,
+    Visibility,
+    Window,
+    outlived,
+    retained,
+    sink_of,
+)
 
 
 @given(rule=rules())
@@ -99,3 +110,26 @@ def test_two_settings_in_numbers() -> None:
     assert str(Window(window=12, sink=3).visible(own)) == "[0, 3) + [15, 21)"
     with pytest.raises(ValueError, match="no room"):
         Window(window=3, sink=3)
+
+
+@given(
+    window=st.integers(2, 9),
+    sink=st.integers(0, 3),
+    floor=st.integers(0, 20),
+    now=st.integers(0, 40),
+    k=st.integers(1, 4),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_flush_is_outlived_when_nothing_it_hides_can_be_read(
+    window: int, sink: int, floor: int, now: int, k: int
+) -> None:
+    """Dropping the wrapper early would read what was forgotten; never dropping it costs time for ever."""
+    if window <= sink or floor < sink:
+        return
+    base = Window(window=window, sink=sink)
+    since = Since(base=base, floor=floor, keep=FrameSet.of((0, sink)))
+    simple = outlived(since, now)
+    segment = Segment(kind=Kind.DENOISE, frames=range(now, now + k))
+    if simple is base:
+        assert base.visible(segment) == since.visible(segment)
+    assert outlived(since, floor + window) is base

@@ -177,6 +177,15 @@ def capacity_of(visibility: Visibility) -> int | None:
     return visibility.capacity if isinstance(visibility, Bounded) else None
 
 
+def outlived(visibility: Visibility, now: int) -> Visibility:
+    """The base of a `Since` once no pass or recache from latent frame `now` on can reach what was forgotten."""
+    if not isinstance(visibility, Since):
+        return visibility
+    capacity, sink = capacity_of(visibility.base), sink_of(visibility.base)
+    out_of_reach = capacity is not None and now - capacity >= visibility.floor
+    return visibility.base if out_of_reach and sink <= visibility.keep else visibility
+
+
 def retained(visibility: Visibility, segment: Segment) -> FrameSet:
     """Past frames that the chunk of `segment` needs in any of its passes: all the others can be dropped."""
     kinds = (Kind.DENOISE, Kind.COMMIT)

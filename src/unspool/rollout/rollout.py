@@ -20,7 +20,7 @@ from unspool.causal.cache import CACHES
 from unspool.causal.cache.base import Cache, CacheFactory
 from unspool.causal.cache.snapshot import Snapshot, merge
 from unspool.causal.chunks import FrameSet
-from unspool.causal.visibility import Kind, Segment, Since, Visibility, Window, capacity_of, sink_of
+from unspool.causal.visibility import Kind, Segment, Since, Visibility, Window, capacity_of, outlived, sink_of
 from unspool.config import locate
 from unspool.models.base import Backbone, Prompts
 from unspool.rollout.branches import Branches, FrameConditions
@@ -144,6 +144,7 @@ class Rollout:
             index=self.index, frames=frames, latents=latents, prompt=moment.prompt, switched=bool(moment.begins)
         )
         self.index += 1
+        self._see(outlived(self.visibility, frames.start))  # the commit of this chunk is still to come
         return chunk
 
     def switch(self, text: Tensor, *, frame: int | None = None, **how: Any) -> Switch:
