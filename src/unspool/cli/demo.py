@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Args:
     """Roll out a small network with random weights and an identity codec: the whole path, no download, no training.
 
-    The weights are random, so what you see is texture and not a scene; the second prompt shows as another tint. It shows
-    that the parts work together: a bounded key/value cache, a few denoising steps and one commit pass a chunk, and a
-    prompt that changes half-way.
+    The weights are random, so what you see is texture and not a scene; the second prompt shows as another tint. What it
+    shows is that the parts work together: a bounded key/value cache, a few denoising steps and one commit pass a chunk,
+    and a prompt that changes half-way.
     """
 
     out: str = "out/demo.mp4"
