@@ -6,8 +6,9 @@ are immutable, so recomputation under gradient checkpointing sees what the forwa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from unspool.causal.mask import MaskBlock, MaskSpec
 from unspool.ops.attention import flex, sdpa
 from unspool.ops.rope import Rope, rotate, table_dtype
+from unspool.ops.transfer import to_device
 
 Backend = Literal["slices", "dense", "flex"]
 
@@ -78,6 +80,7 @@ class FullSequence:
                 "use backend='slices'"
             )
         self._fixed = fixed
+        self._masks: dict[tuple[str, int, torch.device], Any] = {}
         self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -106,11 +109,18 @@ class FullSequence:
         if self.mask is None:
             return sdpa(q, k, v)
         if self.backend == "dense":
-            return sdpa(q, k, v, self.mask.dense(tokens, q.device))
+            return sdpa(q, k, v, self._compiled(self.mask.dense, tokens, q.device))
         if self.backend == "flex":
-            return flex(q, k, v, self.mask.flex(tokens, q.device))
+            return flex(q, k, v, self._compiled(self.mask.flex, tokens, q.device))
         outputs = [self._attend_block(block, tokens, q, k, v, rope) for block in self.mask.blocks]
         return torch.cat(outputs, dim=1)
+
+    def _compiled(self, form: Callable[[int, torch.device], Any], tokens: int, device: torch.device) -> Any:
+        """The mask as a backend wants it, made once and not per layer."""
+        key = (form.__name__, tokens, device)
+        if key not in self._masks:
+            self._masks[key] = form(tokens, device)
+        return self._masks[key]
 
     def _attend_block(
         self, block: MaskBlock, tokens: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None
@@ -126,7 +136,7 @@ class FullSequence:
         key = (positions, rope, like.device, table_dtype(like.dtype))
         if key not in self._tables:
             cos, sin = rope.tables(list(positions), table_dtype(like.dtype))
-            self._tables[key] = (cos.to(like.device), sin.to(like.device))
+            self._tables[key] = (to_device(cos, like.device), to_device(sin, like.device))
         return self._tables[key]
 
 
