@@ -15,8 +15,9 @@ from torch import Tensor
 
 from unspool.causal.cache.kv import KVCache
 from unspool.causal.chunks import FrameSet
-from unspool.causal.context import FullSequence
+from unspool.causal.context import FullSequence, Site
 from unspool.causal.mask import causal_mask
+from unspool.causal.position import WindowRelative
 from unspool.causal.visibility import Full, Kind, Segment, Window, check_window
 from unspool.models.base import Conditioning, Text
 from unspool.models.wan.config import WanConfig
@@ -260,3 +261,17 @@ def test_a_mask_for_what_depends_on_content_is_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match="ByContent"):
         causal_mask(RULE.plan, 6, ByContent(), RULE.positions)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_keys_that_were_not_rotated_cannot_be_moved(grad: bool) -> None:
+    """A network that adds positions to its hidden state has them baked in; moving its sink must not pass in silence."""
+    site = Site(index=0, heads=2, head_dim=4)
+    cache = KVCache(
+        [site], batch=1, tokens_per_frame=1, visibility=Window(window=3, sink=1), positions=WindowRelative()
+    )
+    x = torch.randn(1, 1, 2, 4)
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="Absolute or Cyclic"):
+        for frame in range(6):
+            cache.begin(only(Kind.COMMIT, frame, frame + 1)).attend(site, x, x, x, None)
+            cache.promote()

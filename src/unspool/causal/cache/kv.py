@@ -14,7 +14,7 @@ from torch import Tensor
 from unspool.causal.cache.slots import SlotTable, common_shift
 from unspool.causal.cache.snapshot import Snapshot
 from unspool.causal.cache.state import Entry, put_back, take
-from unspool.causal.cache.views import FunctionalView, RingView, SegmentPlan
+from unspool.causal.cache.views import ADDED, FunctionalView, RingView, SegmentPlan
 from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Context, Site
 from unspool.causal.position import PositionPolicy
@@ -314,7 +314,8 @@ class KVCache:
         due = self.pending[site.index]
         if not due:
             return
-        assert rope is not None, "positions move keys only under rotary embeddings"
+        if rope is None:
+            raise ValueError(ADDED)
         entry, n = self.entries[site.index], self.tokens(site)
         for frame, shift in due.items():
             slot = self.slots.promoted[frame]

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from unspool.causal.cache.kv import KVCache
 
 
+ADDED = (
+    "these positions move keys after they were written, but this network adds positions to its hidden state and does "
+    "not rotate keys, so they cannot be moved; use positions that stay: Absolute or Cyclic"
+)
 OVER = "this view is over: its cache has begun, promoted or discarded a pass since; use the view of the last begin()"
 
 
@@ -220,7 +224,7 @@ class FunctionalView:
         values = [_frame(past_v if old else v, at, n) for old, at in where]
         for i, frame in enumerate(plan.past):
             shift = plan.shifts.get(frame, 0)
-            if shift and rope is not None:
+            if shift:
                 keys[i] = _shifted(keys[i], shift, rope)
         count = len(plan.segment.frames)
         causal = self.cache.visibility.within == "causal"
@@ -262,11 +266,13 @@ class FunctionalView:
         """A key that carries its graph, at the position that the buffers' copy has by now."""
         key = self.cache.graph[frame][site.index][0]
         shift = self._baked[frame] - self.cache.graph_baked[frame]
-        return _shifted(key, shift, rope) if shift and rope is not None else key
+        return _shifted(key, shift, rope) if shift else key
 
 
-def _shifted(key: Tensor, shift: int, rope: Rope) -> Tensor:
-    """A rotated key moved on by `shift` latent frames."""
+def _shifted(key: Tensor, shift: int, rope: Rope | None) -> Tensor:
+    """A rotated key moved on by `shift` latent frames. Raises ValueError for keys that were not rotated."""
+    if rope is None:
+        raise ValueError(ADDED)
     cos, sin = (to_device(t, key.device) for t in rope.time_tables([shift], table_dtype(key.dtype)))
     return rotate(key, cos, sin)
 

@@ -191,7 +191,7 @@ class WanTransformer(nn.Module):
             return None
         if index is None:
             index = torch.zeros(1, 1, dtype=torch.int64)
-        index = index.to(device).expand(batch, frames)
+        index = to_device(index, device).expand(batch, frames)
         first = torch.arange(batch, device=device)[:, None] * cond.prompts.num_prompts
         return (first + index).flatten()
 
