@@ -128,7 +128,7 @@ class PromptTimeline:
 
         Texts of fewer rows are padded with zeros. A subclass may go another way; the last chunk gets `new` itself.
         """
-        rows = max(old.shape[1], new.shape[1])
+        old, rows = old.to(new), max(old.shape[1], new.shape[1])
         old, new = (torch.nn.functional.pad(t, (0, 0, 0, rows - t.shape[1])) for t in (old, new))
         return torch.lerp(old, new, weight)
 

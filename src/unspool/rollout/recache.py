@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from unspool.causal.cache.snapshot import Snapshot
@@ -124,8 +125,6 @@ class CleanHistory:
 
     def take(self, frames: range) -> Tensor:
         """Clean latents [b, frames, c, h, w]. Raises ValueError when they were not kept."""
-        import torch
-
         parts = []
         for chunk in self.plan.chunks(frames.start, frames.stop):
             index = self.plan.chunk_of(chunk.start)
@@ -138,5 +137,5 @@ class CleanHistory:
     def snapshot(self) -> Snapshot:
         return Snapshot({f"chunk.{i}": t.detach().clone() for i, t in self.chunks.items()}, {})
 
-    def restore(self, snapshot: Snapshot) -> None:
-        self.chunks = {int(name.split(".")[1]): t.clone() for name, t in sorted(snapshot.tensors.items())}
+    def restore(self, snapshot: Snapshot, device: torch.device) -> None:
+        self.chunks = {int(name.split(".")[1]): t.to(device, copy=True) for name, t in sorted(snapshot.tensors.items())}

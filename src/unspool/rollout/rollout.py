@@ -18,17 +18,17 @@ from torch import Tensor
 
 from unspool.causal.cache import CACHES
 from unspool.causal.cache.base import Cache, CacheFactory
-from unspool.causal.cache.snapshot import Snapshot, merge
+from unspool.causal.cache.snapshot import Snapshot
 from unspool.causal.chunks import FrameSet
-from unspool.causal.visibility import Kind, Segment, Since, Visibility, Window, capacity_of, outlived, sink_of
+from unspool.causal.visibility import Kind, Segment, Since, Visibility, capacity_of, outlived, sink_of
 from unspool.config import locate
 from unspool.models.base import Backbone, Prompts
 from unspool.rollout.branches import Branches, FrameConditions
-from unspool.rollout.identity import noise_facts, weights_mark
 from unspool.rollout.noise import NoiseSource
 from unspool.rollout.prompts import MAX_BLEND, Moment, PromptTimeline, Switch
 from unspool.rollout.recache import CleanHistory, plan_recache
 from unspool.rollout.settings import Cancelled, Chunk, RolloutConfig
+from unspool.rollout.state import base_of, put_back, take
 
 
 class Rollout:
@@ -144,7 +144,7 @@ class Rollout:
             index=self.index, frames=frames, latents=latents, prompt=moment.prompt, switched=bool(moment.begins)
         )
         self.index += 1
-        self._see(outlived(self.visibility, frames.start))  # the commit of this chunk is still to come
+        self.see(outlived(self.visibility, frames.start))  # the commit of this chunk is still to come
         return chunk
 
     def switch(self, text: Tensor, *, frame: int | None = None, **how: Any) -> Switch:
@@ -267,7 +267,7 @@ class Rollout:
             return
         if switch.policy == "flush":
             keep = sink_of(self.visibility) & cache.frames
-            self._see(Since(base=_base(self.visibility), floor=now - 1, keep=keep))
+            self.see(Since(base=base_of(self.visibility), floor=now - 1, keep=keep))
             for each in self.branches.caches:
                 each.drop(each.frames - (keep | FrameSet.of((now - 1, now))))
             return
@@ -275,7 +275,7 @@ class Rollout:
             self.visibility, cache.frames, self.config.plan, now, sink=switch.sink,
             bidirectional=switch.policy == "recache_bidirectional", sigma=self.config.sigma_commit,
         )  # fmt: skip
-        self._see(plan.visibility)
+        self.see(plan.visibility)
         for each in self.branches.caches:
             each.drop(plan.forget)
         prompts = self.branches.prompts(moment)
@@ -284,7 +284,7 @@ class Rollout:
             self.branches.run(segments, latents, self._sigma(self.config.sigma_commit), prompts)
             self.branches.promote()
 
-    def _see(self, visibility: Visibility) -> None:
+    def see(self, visibility: Visibility) -> None:
         self.visibility = visibility
         for cache in self.branches.caches:
             cache.visibility = visibility
@@ -328,81 +328,14 @@ class Rollout:
 
     def snapshot(self) -> Snapshot:
         """All that this stream needs to go on elsewhere, bit for bit: `Snapshot.to_bytes()` stores it."""
-        visibility = self.visibility
-        floor, keep = (visibility.floor, visibility.keep.intervals) if isinstance(visibility, Since) else (None, ())
-        base = _base(visibility)
-        facts: dict[str, Any] = {
-            "config": self.config.fingerprint,
-            "shape": list(self.shape),
-            "index": self.index,
-            "switched": self._switched,
-            "repeat": None if self._repeat is None else list(self._repeat[0]),
-            "starts": self.starts,
-            "pending": None if self._pending is None else self._pending[0],
-            "moment": None if self._pending is None else [self._pending[1].prompt, self._pending[1].weight],
-            "noise": noise_facts(self.noise),
-            "weights": weights_mark(self.backbone),
-            "sink_start": base.sink_start if isinstance(base, Window) else None,
-            "floor": floor,
-            "keep": keep,
-        }
-        parts = {
-            "branches": self.branches.snapshot(),
-            "history": self.history.snapshot(),
-            "timeline": self.timeline.snapshot(),
-            "loose": Snapshot(_present(text=self._text, repeat=None if self._repeat is None else self._repeat[1]), {}),
-        }
-        return merge(parts, facts)
+        return take(self)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of a rollout of the same configuration, network and noise. Raises ValueError if not."""
-        facts = snapshot.facts
-        if facts.get("config") != self.config.fingerprint or facts.get("shape") != list(self.shape):
-            raise ValueError(
-                f"snapshot of shape {facts.get('shape')} and {facts.get('config')}: expected {list(self.shape)} and "
-                f"{self.config.fingerprint}; make the rollout with the configuration of the snapshot"
-            )
-        for name, got, expected in (
-            ("noise", facts.get("noise"), noise_facts(self.noise)),
-            ("weights", facts.get("weights"), weights_mark(self.backbone)),
-        ):
-            if got != expected:
-                raise ValueError(
-                    f"snapshot made with other {name} ({got}): expected {expected}; a stream goes on only with the same"
-                )
-        base = _base(self.config.visibility)
-        if facts["sink_start"] is not None:
-            base = replace(base, sink_start=facts["sink_start"])  # type: ignore[type-var]
-        if facts["floor"] is not None:
-            base = Since(base=base, floor=facts["floor"], keep=FrameSet.of(*map(tuple, facts["keep"])))
-        self.branches.check(snapshot.nested("branches"), base)
-        self._see(base)
-        self.branches.restore(snapshot.nested("branches"))
-        self.history.restore(snapshot.nested("history"))
-        self.timeline = type(self.timeline).restored(snapshot.nested("timeline"))
-        self.index, self._switched, self.starts = facts["index"], facts["switched"], list(facts["starts"])
-        loose = snapshot.nested("loose").tensors
-        self._text = loose.get("text")
-        self._repeat = None
-        if facts["repeat"] is not None:
-            self._repeat = ((facts["repeat"][0], facts["repeat"][1]), loose["repeat"].to(self.device))
-        self._pending, self._tail = None, None
-        if facts["pending"] is not None:
-            assert self._text is not None
-            prompt, weight = facts["moment"]
-            self._pending = (facts["pending"], Moment(prompt, weight, (), self._text))
-            self._tail = self.history.chunks[facts["pending"]]
+        put_back(self, snapshot)
 
 
 __all__ = ["Cancelled", "Chunk", "Rollout", "RolloutConfig", "rollout"]
-
-
-def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in tensors.items() if t is not None}
-
-
-def _base(visibility: Visibility) -> Visibility:
-    return visibility.base if isinstance(visibility, Since) else visibility
 
 
 def rollout(
