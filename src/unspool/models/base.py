@@ -24,8 +24,10 @@ class Text:
     states: Tensor
 
     @staticmethod
-    def of(states: Tensor) -> Text:
+    def of(states: Tensor | Text) -> Text:
         """One prompt per sample from [b, rows, channels], or several from [b, prompts, rows, channels]."""
+        if isinstance(states, Text):
+            return states
         if states.ndim == 3:
             states = states[:, None]
         if states.ndim != 4:

@@ -101,7 +101,7 @@ class WanTransformer(nn.Module):
         Fewer than `config.text_len` rows are padded with zeros, which the published weights attend to.
         Raises ValueError for more rows, another width, or states that are not finite.
         """
-        states = (text if isinstance(text, Text) else Text.of(text)).states
+        states = Text.of(text).states
         rows, width = states.shape[2:]
         if width != self.config.text_dim or rows > self.config.text_len or rows < 1:
             raise ValueError(
