@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
 
 from unspool.causal.chunks import ChunkPlan
+from unspool.causal.context import FullSequence
 from unspool.causal.visibility import Window
 from unspool.diffusion.schedule import few_step
 from unspool.evaluate.exactness import random_network
+from unspool.models.base import Conditioning
 from unspool.ops import compile as compiling
 from unspool.rollout.noise import CounterNoise
 from unspool.rollout.rollout import Rollout, RolloutConfig
@@ -68,3 +72,43 @@ def test_the_fast_gelu_is_the_same_function():
     x = torch.cat([torch.linspace(-30, 30, 20001, dtype=torch.float64), torch.tensor([-1e4, 0.0, 1e4]).double()])
     written_out = x * torch.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
     assert (gelu_tanh(x) - written_out).abs().max() <= 1e-12
+
+
+def test_a_copy_of_a_compiled_network_computes_with_its_own_weights():
+    """An EMA copy that ran with the weights of its original would be wrong without a word."""
+    if not compiling.compiler_works():
+        pytest.skip("no working compiler here: torch.compile falls back to eager code")
+    net = compiling.compile_backbone(random_network(torch.float32, layers=1))
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    clone = copy.deepcopy(net)
+    for parameter in clone.parameters():
+        parameter.data.zero_()
+    x = torch.randn(1, 2, 4, 4, 4)
+    outs = []
+    for each in (net, twin, clone):
+        cond = Conditioning(prompts=each.prepare(torch.randn(1, 10, 24, generator=torch.Generator().manual_seed(0))))
+        outs.append(each(x, torch.ones(1, 1), cond, FullSequence(2)))
+    assert torch.allclose(outs[0], outs[1], atol=1e-5) and not outs[2].any() and outs[0].std() > 0.2
+
+
+def test_many_shapes_and_modes_do_not_exhaust_the_compiler(monkeypatch):
+    """dynamo counts variants per function over all networks of a process: eight are soon reached."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="eager", **options))
+    compiling.compiler_works.cache_clear()
+    compiling._compiled_method.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            net = compiling.compile_backbone(random_network(dtype, layers=1))
+            for grad in (False, True):
+                net.requires_grad_(grad)
+                for batch, frames in ((1, 3), (2, 3), (1, 1), (2, 1), (3, 5)):
+                    with torch.set_grad_enabled(grad):
+                        cond = Conditioning(prompts=net.prepare(torch.randn(batch, 10, 24)))
+                        out = net(
+                            torch.randn(batch, frames, 4, 4, 6), torch.rand(batch, frames), cond, FullSequence(frames)
+                        )
+                    assert out.isfinite().all()
+    finally:
+        compiling.compiler_works.cache_clear()
+        compiling._compiled_method.cache_clear()

@@ -173,3 +173,38 @@ def test_positions_that_move_keys_do_not_drift() -> None:
     n = cache.tokens_per_frame
     assert first is not None and torch.equal(cache.entries[0].masters[:, :n], first)
     assert isinstance(cache.positions, WindowRelative) and isinstance(stream.config, RolloutConfig)
+
+
+def test_marks_of_weights_reach_large_tensors() -> None:
+    """A fp32 ramp rounds above 2^24 and points past the end of a 14B network's largest matrix."""
+    from unspool.rollout.state import weights_mark
+
+    class Large:
+        def parameters(self) -> Any:
+            yield torch.empty(3 * 5120 * 5120, dtype=torch.int8)
+
+    assert len(weights_mark(Large())) == 16  # type: ignore[arg-type]
+
+
+def test_a_switch_inside_a_prefix_is_carried_out() -> None:
+    from unspool.rollout.prompts import PromptTimeline
+
+    prefix = torch.randn(2, 6, 4, *SIZE, dtype=torch.float64)
+    outs = []
+    for policy in ("keep", "recache"):
+        line = PromptTimeline(text(0), [Switch(frame=3, text=text(1), policy=policy)])  # type: ignore[arg-type]
+        config = replace(SETTING, sink=0).config()
+        stream = Rollout(shared_network(), config, line, noise=NOISE, latent_size=SIZE, prefix=prefix)
+        outs.append(stream.next_chunk().latents)
+    assert not torch.equal(*outs)
+
+
+def test_texts_of_a_timeline_are_refused_before_any_work() -> None:
+    from tiny import counted
+
+    from unspool.rollout.prompts import PromptTimeline
+
+    line = PromptTimeline(text(0), [Switch(frame=9, text=torch.zeros(2, 99, 8, dtype=torch.float64))])
+    with counted(shared_network()) as calls, pytest.raises(ValueError, match="rows"):
+        Rollout(shared_network(), SETTING.config(), line, noise=NOISE, latent_size=SIZE)
+    assert calls == []

@@ -72,7 +72,7 @@ def run(args: Args) -> int:
     contact_sheet(np.stack(picked), columns=8, scale=1, labels=labels).save(sheet)
     num_bytes = stream.branches.num_bytes
     print(f"{len(shown)} frames in {took:.1f} s ({len(shown) / took:.1f} frames/s, video writing included)")
-    print(f"cache {num_bytes / 2**20:.2f} MiB, constant from chunk {-(-args.window // CHUNK)} on")
+    print(f"cache {num_bytes / 2**20:.2f} MiB, the same for a stream of any length")
     print(f"video {target}\nsheet {sheet}")
     return 0
 

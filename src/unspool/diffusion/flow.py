@@ -144,7 +144,8 @@ def _per_frame(sigma: Tensor, x: Tensor) -> Tensor:
             f"got a sigma of shape {tuple(sigma.shape)}, expected [b, t] = {list(expected)} with 1 allowed for either; "
             "use sigma[:, None] for one level per sample"
         )
-    return sigma.reshape(*sigma.shape, *(1,) * (x.ndim - 2))
+    # The levels may lie on the host, where a network looks for equal ones.
+    return sigma.to(x.device).reshape(*sigma.shape, *(1,) * (x.ndim - 2))
 
 
 def _check_same_shape(a: Tensor, b: Tensor) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -39,7 +40,21 @@ def compiled(name: str) -> Callable[..., Any]:
     """The function `module:name`, compiled once per process, or as it is where no compiler works."""
     module, _, attribute = name.partition(":")
     function = getattr(importlib.import_module(module), attribute)
-    return torch.compile(function, fullgraph=True) if compiler_works() else function
+    return _compile(function) if compiler_works() else function
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile with room for many shapes and modes: the limit counts all networks of a process together, and past
+    it dynamo runs a new variant as it is instead of failing."""
+    for limit, value in (("recompile_limit", 128), ("accumulated_recompile_limit", 1024)):
+        if hasattr(torch._dynamo.config, limit):
+            setattr(torch._dynamo.config, limit, max(value, getattr(torch._dynamo.config, limit)))
+    return torch.compile(function)
+
+
+@lru_cache(maxsize=64)
+def _compiled_method(kind: Any, method: str) -> Callable[..., Any]:
+    return _compile(getattr(kind, method))
 
 
 def compile_backbone(network: nn.Module) -> nn.Module:
@@ -52,5 +67,6 @@ def compile_backbone(network: nn.Module) -> nn.Module:
         return network
     for module in network.modules():
         for method in getattr(type(module), "compiled_methods", ()):
-            setattr(module, method, torch.compile(getattr(module, method), fullgraph=True))
+            # Bound to the instance and not closed over it: a deep copy then computes with its own weights.
+            setattr(module, method, MethodType(_compiled_method(cast(Any, type(module)), method), module))
     return network

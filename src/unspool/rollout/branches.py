@@ -70,11 +70,6 @@ class Branches:
         self._prepared.move_to_end(key)
         return self._prepared[key]
 
-    def admit(self, text: Tensor) -> None:
-        """Raise ValueError unless the network takes this text."""
-        with torch.no_grad():
-            self.backbone.prepare(Text.of(text))
-
     def _prepare(self, text: Tensor) -> list[Prompts]:
         cond = self.backbone.prepare(Text.of(text))
         if not self.guidance.is_active:
@@ -151,6 +146,13 @@ def _joined(parts: list[Tensor | None], batch: int, doubled: bool) -> Tensor | N
         return None
     joined = torch.cat(tensors, dim=1)
     return torch.cat([joined, joined]) if doubled else joined
+
+
+def admit(backbone: Backbone, texts: list[Tensor]) -> None:
+    """Raise ValueError unless the network takes every text; one sample of each is encoded to find out."""
+    with torch.no_grad():
+        for text in texts:
+            backbone.prepare(Text.of(text[:1]))
 
 
 def _check_negative(negative: Tensor | None, batch: int, scale: float) -> None:

@@ -80,7 +80,7 @@ class PromptTimeline:
 
     def __init__(self, text: Tensor, switches: list[Switch] | None = None) -> None:
         check_text(text)
-        self.first = text
+        self.first = text.clone()  # encoded when its chunk comes, so it must not change until then
         self.pruned = 0  # switches that were forgotten because later ones took over
         self.switches: list[Switch] = []
         for switch in switches or []:

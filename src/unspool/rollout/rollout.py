@@ -23,7 +23,7 @@ from unspool.causal.chunks import FrameSet
 from unspool.causal.visibility import Kind, Segment, Since, Visibility, capacity_of, outlived, sink_of
 from unspool.config import locate
 from unspool.models.base import Backbone, Prompts
-from unspool.rollout.branches import Branches, FrameConditions
+from unspool.rollout.branches import Branches, FrameConditions, admit
 from unspool.rollout.noise import NoiseSource
 from unspool.rollout.prompts import MAX_BLEND, Moment, PromptTimeline, Switch
 from unspool.rollout.recache import CleanHistory, plan_recache
@@ -92,6 +92,9 @@ class Rollout:
             )
 
         self._check_prefix(prefix)
+        admit(backbone, [self.timeline.first, *(s.text for s in self.timeline.switches)])
+        if config.guidance.is_active and negative is not None:
+            admit(backbone, [negative])
         self.branches = Branches(backbone, make_cache, config.guidance, negative, self.batch, frame_conditions)
         sink = max(sink_of(config.visibility), default=-1) + 1
         self.history = CleanHistory(config.plan, capacity_of(config.visibility), sink)
@@ -156,7 +159,7 @@ class Rollout:
         if frame is not None and frame < start:
             raise ValueError(f"frame={frame} is already made; expected a latent frame from {start} on, or None for now")
         switch = Switch(frame=start if frame is None else frame, text=text, **how)
-        self.branches.admit(text)
+        admit(self.backbone, [text])
         self.timeline.add(switch)
         return switch
 
@@ -185,8 +188,7 @@ class Rollout:
 
     def _enter(self, start: int, moment: Moment) -> None:
         """Commit what is due and carry out a prompt switch, once."""
-        first = moment.prompt - len(moment.begins) + 1
-        due = [(first + i, switch) for i, switch in enumerate(moment.begins) if first + i > self._switched]
+        due = self._due(moment)
         rewriting = any(switch.policy != "keep" for _, switch in due)
         if self.config.commit != "fused" or rewriting or self.grad is not None:
             self.finish()
@@ -194,6 +196,11 @@ class Rollout:
             with torch.no_grad():
                 self._switch(switch, moment, start)
             self._switched = number
+
+    def _due(self, moment: Moment) -> list[tuple[int, Switch]]:
+        """Switches that the moment begins and that were not carried out yet, with their numbers."""
+        first = moment.prompt - len(moment.begins) + 1
+        return [(first + i, switch) for i, switch in enumerate(moment.begins) if first + i > self._switched]
 
     def _denoise(self, frames: range, moment: Moment) -> Tensor:
         config = self.config
@@ -307,20 +314,23 @@ class Rollout:
             )
 
     def _prefill(self, prefix: Tensor) -> None:
-        """Commit given latents chunk by chunk under the first prompt; generation goes on after them."""
+        """Commit given latents chunk by chunk under the prompts of the timeline; generation goes on after them."""
         prefix = prefix.to(self.device, self.dtype)
         with torch.no_grad():
             for frames in self.config.plan.chunks(0, prefix.shape[1]):
                 self.starts.append(frames.start)
                 moment = self.timeline.moment(self.starts, self._text)
                 self._text = moment.text
+                for number, switch in self._due(moment):
+                    self._switch(switch, moment, frames.start)
+                    self._switched = number
                 latents = prefix[:, frames.start : frames.stop]
                 segment = Segment(kind=Kind.PREFILL, frames=frames, sigma=self.config.sigma_commit)
                 prompts = self.branches.prompts(moment)
                 self._check_cancel()
                 self.branches.run((segment,), latents, self._sigma(self.config.sigma_commit), prompts)
                 self.branches.promote()
-                self.history.add(frames, latents)
+                self.history.add(frames, latents.clone())
                 self.index += 1
         self.starts = self.starts[-MAX_BLEND:]
 

@@ -111,7 +111,9 @@ def weights_mark(backbone: Backbone) -> str:
     digest = hashlib.sha256()
     for parameter in backbone.parameters():
         flat = parameter.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, min(flat.numel(), 16), device=flat.device).long()
+        count = min(flat.numel(), 16)
+        places = [i * (flat.numel() - 1) // max(count - 1, 1) for i in range(count)]  # integers: fp32 ends at 2^24
+        index = torch.tensor(places, device=flat.device)
         digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(flat[index].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

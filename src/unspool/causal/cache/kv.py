@@ -183,8 +183,9 @@ class KVCache:
         same = self._pass and self._pass[0].frames == segment.frames and isinstance(self._view, RingView)
         if same and self._view_version == self.slots.version and self._pass[0].limit == segment.limit:
             assert isinstance(self._view, RingView)
-            past = self._past(segment)
-            if past == self._view.plan.past:
+            past, plan = self._past(segment), self._view.plan
+            wanted, own = self.positions.assign(segment, past)
+            if past == plan.past and (tuple(wanted), tuple(own)) == (plan.wanted, plan.own):
                 self._pass = segments
                 self._view.reopen()
                 return self._view
@@ -306,6 +307,7 @@ class KVCache:
         for frame in frames:
             self.master_slots.pop(frame, None)
             self.graph.pop(frame, None)
+            self.graph_baked.pop(frame, None)
             for due in self.pending.values():
                 due.pop(frame, None)
 

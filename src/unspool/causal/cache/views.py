@@ -158,6 +158,8 @@ class FunctionalView:
             past, own = past | plan.past, own | FrameSet.of(plan.segment.frames)
         self._held = list(past - own)
         self._slots, self._baked = dict(cache.slots.promoted), dict(cache.slots.baked)
+        self._tables: dict[tuple[Rope, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._index: dict[int, Tensor] = {}
         self._past: dict[int, tuple[Tensor, Tensor]] = {}
         self._staged: dict[int, tuple[Tensor, Tensor]] = {}
         if frozen and any(f in cache.graph for f in self._held):
@@ -194,8 +196,7 @@ class FunctionalView:
         _check_tokens(q, total, cache, site)
         n = cache.tokens(site)
         if rope is not None:
-            positions = [p for plan in self.plans for p in plan.positions]
-            cos, sin = (to_device(t, q.device) for t in rope.tables(positions, table_dtype(q.dtype)))
+            cos, sin = self._table(rope, q)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         self._staged.setdefault(site.index, (k, v))
         past_k, past_v = self._frozen_past(site, rope)
@@ -205,6 +206,15 @@ class FunctionalView:
             outputs += self._attend_segment(plan, offset, n, q, k, v, past_k, past_v, rope)
             offset += count
         return torch.cat(outputs, dim=1)
+
+    def _table(self, rope: Rope, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables of all own frames, made once for all layers."""
+        key = (rope, like.device, table_dtype(like.dtype))
+        if key not in self._tables:
+            positions = [p for plan in self.plans for p in plan.positions]
+            cos, sin = rope.tables(positions, table_dtype(like.dtype))
+            self._tables[key] = (to_device(cos, like.device), to_device(sin, like.device))
+        return self._tables[key]
 
     def _attend_segment(
         self,
@@ -252,7 +262,9 @@ class FunctionalView:
         with torch.no_grad():
             cache.settle(site, rope)
             entry = cache.entries[site.index]
-            index = _token_slots(tuple(self._slots.get(f, 0) for f in self._held), n, cache.device)
+            if n not in self._index:
+                self._index[n] = _token_slots(tuple(self._slots.get(f, 0) for f in self._held), n, cache.device)
+            index = self._index[n]
             k, v = entry.keys.index_select(1, index), entry.values.index_select(1, index)
         live = [i for i, f in enumerate(self._held) if f in cache.graph]
         if live:

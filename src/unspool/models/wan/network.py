@@ -142,7 +142,8 @@ class WanTransformer(nn.Module):
         weight = self.patch_embedding.weight
         x = x.to(weight.dtype)
         if cond.channels is not None:
-            x = torch.cat([x, cond.channels.to(x.dtype)], dim=2)
+            extra = cond.channels.to(x.device, x.dtype).expand(*x.shape[:2], *cond.channels.shape[2:])
+            x = torch.cat([x, extra], dim=2)
         _, ph, pw = self.config.patch_size
         patches = rearrange(x, "b t c (h p) (w q) -> b (t h w) (c p q)", p=ph, q=pw)
         # A convolution whose kernel is its stride is a matrix product. The stream keeps the dtype of the weights.
@@ -212,6 +213,14 @@ class WanTransformer(nn.Module):
         extra = 0 if cond.channels is None else cond.channels.shape[2]
         if extra != config.extra_channels:
             raise ValueError(f"{extra} conditioning channels: expected config.extra_channels={config.extra_channels}")
+        if cond.channels is not None:
+            shape = tuple(cond.channels.shape)
+            sizes = len(shape) == 5 and shape[0] in (1, batch) and shape[1] in (1, frames) and shape[3:] == x.shape[3:]
+            if not sizes:
+                raise ValueError(
+                    f"conditioning channels of shape {shape}: expected [{batch} or 1, {frames} or 1, "
+                    f"{config.extra_channels}, {x.shape[3]}, {x.shape[4]}]"
+                )
         width = 0 if cond.vectors is None else cond.vectors.shape[-1]
         if cond.vectors is not None:
             shape = tuple(cond.vectors.shape)
