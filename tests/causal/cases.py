@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from oracle import Rule, make_network
+from oracle import Inputs, Rule, make_network, started
 
+from unspool.causal.cache.kv import KVCache
 from unspool.models.wan.network import WanTransformer
 
 FUZZ = settings(
@@ -19,8 +21,18 @@ DTYPES = [torch.float32, torch.float64]
 
 
 @lru_cache(maxsize=4)
-def network_of(dtype: torch.dtype) -> WanTransformer:
+def network_of(dtype: torch.dtype = torch.float64) -> WanTransformer:
     return make_network(dtype=dtype)
+
+
+RULE = Rule(chunk=2, num_frames=14, window=6, sink=1)
+RELATIVE = replace(RULE, policy="relative")
+FULL = Rule(chunk=2, num_frames=8)
+
+
+def setup(rule: Rule, chunks: int, **options: Any) -> tuple[WanTransformer, KVCache, Inputs]:
+    """A network, a cache that has gone through `chunks` chunks, and the inputs."""
+    return network_of(), *started(network_of(), rule, chunks, **options)
 
 
 @st.composite

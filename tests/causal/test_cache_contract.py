@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
+from cases import FULL, RELATIVE, RULE, network_of, setup
 from oracle import (
-    Inputs,
     Rule,
     assert_equal_outputs,
     chunk_bounds,
@@ -21,7 +20,6 @@ from oracle import (
     make_network,
     only,
     rollout,
-    started,
     step,
 )
 from torch import Tensor
@@ -32,21 +30,6 @@ from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Site
 from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Kind, Segment
-from unspool.models.wan.network import WanTransformer
-
-RULE = Rule(chunk=2, num_frames=14, window=6, sink=1)
-RELATIVE = replace(RULE, policy="relative")
-FULL = Rule(chunk=2, num_frames=8)
-
-
-@lru_cache(maxsize=2)
-def network_of(dtype: torch.dtype = torch.float64) -> WanTransformer:
-    return make_network(dtype=dtype)
-
-
-def setup(rule: Rule, chunks: int, **options: Any) -> tuple[WanTransformer, KVCache, Inputs]:
-    """A network, a cache that has gone through `chunks` chunks, and the inputs."""
-    return network_of(), *started(network_of(), rule, chunks, **options)
 
 
 @pytest.fixture(autouse=True)

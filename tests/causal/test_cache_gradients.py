@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
 
 import pytest
 import torch
+from cases import FULL, RELATIVE, RULE, network_of
 from oracle import (
-    Inputs,
     Rule,
     chunk_bounds,
     commit,
@@ -19,26 +17,8 @@ from oracle import (
     make_inputs,
     make_network,
     oracle_forcing,
-    started,
 )
 from torch import Tensor
-
-from unspool.causal.cache.kv import KVCache
-from unspool.models.wan.network import WanTransformer
-
-RULE = Rule(chunk=2, num_frames=14, window=6, sink=1)
-RELATIVE = replace(RULE, policy="relative")
-FULL = Rule(chunk=2, num_frames=8)
-
-
-@lru_cache(maxsize=2)
-def network_of(dtype: torch.dtype = torch.float64) -> WanTransformer:
-    return make_network(dtype=dtype)
-
-
-def setup(rule: Rule, chunks: int, **options: Any) -> tuple[WanTransformer, KVCache, Inputs]:
-    """A network, a cache that has gone through `chunks` chunks, and the inputs."""
-    return network_of(), *started(network_of(), rule, chunks, **options)
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FULL, RELATIVE, RULE, network_of, setup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
-    Inputs,
     Rule,
     assert_equal_outputs,
     denoise,
@@ -25,28 +25,11 @@ from oracle import (
     make_inputs,
     make_network,
     only,
-    started,
     step,
 )
 
-from unspool.causal.cache.kv import KVCache
 from unspool.causal.cache.snapshot import Snapshot
 from unspool.causal.visibility import Full, Kind
-from unspool.models.wan.network import WanTransformer
-
-RULE = Rule(chunk=2, num_frames=14, window=6, sink=1)
-RELATIVE = replace(RULE, policy="relative")
-FULL = Rule(chunk=2, num_frames=8)
-
-
-@lru_cache(maxsize=2)
-def network_of(dtype: torch.dtype = torch.float64) -> WanTransformer:
-    return make_network(dtype=dtype)
-
-
-def setup(rule: Rule, chunks: int, **options: Any) -> tuple[WanTransformer, KVCache, Inputs]:
-    """A network, a cache that has gone through `chunks` chunks, and the inputs."""
-    return network_of(), *started(network_of(), rule, chunks, **options)
 
 
 @pytest.fixture(autouse=True)

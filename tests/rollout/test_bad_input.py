@@ -147,9 +147,15 @@ def test_wrong_switches_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             Switch(**{"frame": 3, "text": text(1), **wrong})  # type: ignore[arg-type]
+
+
+def test_a_switch_added_late_takes_its_place_in_time() -> None:
     later = Switch(frame=6, text=text(1))
-    with pytest.raises(ValueError, match="add them in order"):
-        PromptTimeline(text(0), [later, replace(later, frame=5)])
+    earlier = replace(later, frame=3, text=text(2))
+    shuffled = make_rollout(shared_network(), SETTING, text(0), [later, earlier])
+    ordered = make_rollout(shared_network(), SETTING, text(0), [earlier, later])
+    for a, b in zip(shuffled, ordered, strict=True):
+        assert torch.equal(a.latents, b.latents) and a.prompt == b.prompt
 
 
 def test_a_refused_live_switch_changes_nothing() -> None:

@@ -16,6 +16,7 @@ recached latent frames the new sink, `recomputed` computes it again from the str
 from __future__ import annotations
 
 import copy
+from bisect import insort
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -87,16 +88,15 @@ class PromptTimeline:
             self.add(switch)
 
     def add(self, switch: Switch) -> None:
-        """Append a switch. Raises ValueError out of order or with another batch or width."""
-        if self.switches and switch.frame < self.switches[-1].frame:
-            raise ValueError(
-                f"switch at latent frame {switch.frame} after one at {self.switches[-1].frame}; add them in order"
-            )
+        """Put a switch in its place in time, behind those of the same frame. ValueError for another batch or width.
+
+        Prompts are numbered in order of time, so one that is added before planned ones moves their numbers on.
+        """
         if switch.text.shape[0] != self.first.shape[0] or switch.text.shape[2] != self.first.shape[2]:
             raise ValueError(
                 f"switch text {tuple(switch.text.shape)}: expected [{self.first.shape[0]}, rows, {self.first.shape[2]}]"
             )
-        self.switches.append(switch)
+        insort(self.switches, switch, key=lambda s: s.frame)
 
     def copy(self) -> PromptTimeline:
         """A timeline of its own with the same texts: a rollout forgets what is over, the given one stays whole."""
