@@ -1,0 +1,1 @@
+"""Worlds that are rendered on demand, with captions and exact truth."""
