@@ -5,5 +5,10 @@
 
 from __future__ import annotations
 
-SOURCES: dict[str, str] = {}
+SOURCES: dict[str, str] = {
+    "videos": "unspool.data.videos:VideoFolder",
+    "latents": "unspool.data.shards:LatentShards",
+    "prompts": "unspool.data.prompts:PromptList",
+    "ode-lmdb": "unspool.data.ode_lmdb:OdeLmdb",
+}
 """Name -> "module:Class"."""
