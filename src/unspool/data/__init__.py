@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 SOURCES: dict[str, str] = {
+    "stage": "unspool.data.stage:StageClips",
     "videos": "unspool.data.videos:VideoFolder",
     "latents": "unspool.data.shards:LatentShards",
     "prompts": "unspool.data.prompts:PromptList",

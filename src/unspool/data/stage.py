@@ -21,7 +21,8 @@ ABSENT = -1
 class StageClips:
     """Rendered clips (implements `Source`): sample j of step k is clip `k size + j` of the split, so none comes twice.
 
-    Args: `frames` 1 + 4k pixel frames at `fps`; `size_px`; `first`: the clip of the split to begin with.
+    Args: `frames` 1 + 4k pixel frames at `fps`; `size_px`; `first`: the clip of the split to begin with; `length`:
+    clips before they come round again; `moment`: begin at a drawn time of the scene instead of its beginning.
     Raises ValueError for a number of frames that is not 1 + 4k.
     """
 
@@ -35,11 +36,13 @@ class StageClips:
         size_px: int = 64,
         first: int = 0,
         length: int | None = None,
+        moment: bool = False,
     ) -> None:
         if frames < 1 or frames % 4 != 1:
             raise ValueError(f"frames={frames}: expected 1 + 4k, such as {max(frames // 4, 1) * 4 + 1}")
         self.stage, self.split, self.size_px, self.first, self.length = Stage(config), split, size_px, first, length
         self.times, self.fps, self.num_latent = frame_times(frames, fps), fps, 1 + (frames - 1) // 4
+        self.moment = moment
 
     def __len__(self) -> int:
         """Clips, where a `length` was given (they come round again after it)."""
@@ -51,11 +54,20 @@ class StageClips:
         """Clip `index`, counted from `first`."""
         return self.stage.scene(self.split, self.first + (index if self.length is None else index % self.length))
 
+    def start_of(self, index: int) -> float:
+        """Seconds of the scene at which clip `index` begins, on the grid of frames."""
+        room = self.stage.config.seconds - float(self.times[-1])
+        if not self.moment or room <= 0:
+            return 0.0
+        rng = np.random.Generator(np.random.Philox(key=[self.stage.config.seed + 1, self.first + index]))
+        return round(rng.random() * room * self.fps) / self.fps
+
     def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> Batch:
         indices = [step * size + j for j in range(rank, size, world)]
-        scenes = [self.scene(i) for i in indices]
-        frames = np.stack([scene.render(self.times, self.size_px) for scene in scenes])
-        prompt_index = np.stack([scene.prompt_index(self.num_latent, self.fps) for scene in scenes])
+        scenes, starts = [self.scene(i) for i in indices], [self.start_of(i) for i in indices]
+        pairs = list(zip(scenes, starts, strict=True))
+        frames = np.stack([scene.render(self.times + start, self.size_px) for scene, start in pairs])
+        prompt_index = np.stack([scene.prompt_index(self.num_latent, self.fps, start=start) for scene, start in pairs])
         return Batch(
             pixels=to_pixels(frames),
             captions=tuple(tuple(p.caption.text for p in scene.prompts) for scene in scenes),

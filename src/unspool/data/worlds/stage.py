@@ -11,7 +11,6 @@ import math
 import zlib
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +19,11 @@ from unspool.data.worlds import motion as moves
 from unspool.data.worlds.captions import COLOURS, SHAPES, SIZES, SKIES, Caption, Look, describe
 from unspool.data.worlds.motion import MOTIONS, Motion
 from unspool.data.worlds.render import PALETTE, RADII, Drawn, draw
+from unspool.data.worlds.splits import SPLITS, Split, is_held_out
 
-Split = Literal["train", "dev", "test", "heldout"]
-SPLITS: tuple[Split, ...] = ("train", "dev", "test", "heldout")
 EVENTS = ("recolour", "reshape", "move", "add", "remove", "sky", "swap", "scene")
 """Kinds of event; "swap" changes colour, shape and motion of a sprite together, "scene" that of all and the sky."""
 
-HELD_OUT_SHARE = 0.15
 MORPH_S = 0.25
 """Seconds that a new colour or shape takes."""
 GROW_S = 0.3
@@ -148,9 +145,10 @@ class Scene:
         sky = _mix(self.skies, times, len(SKIES), SKY_FADE_S)
         return draw(sprites, sky, height=height, width=width or height)
 
-    def prompt_index(self, num_latent: int, fps: float, temporal: int = 4) -> NDArray[np.int64]:
-        """Which of `prompts` each latent frame follows: the one that holds at its last pixel frame (1 + 4k frames)."""
-        last = np.arange(num_latent) * temporal / fps
+    def prompt_index(self, num_latent: int, fps: float, temporal: int = 4, *, start: float = 0.0) -> NDArray[np.int64]:
+        """Which of `prompts` each latent frame follows: the one that holds at its last pixel frame (1 + 4k frames, of
+        a clip that begins at `start` seconds)."""
+        last = start + np.arange(num_latent) * temporal / fps
         starts = np.array([p.time for p in self.prompts[1:]])
         return np.searchsorted(starts, last + 1e-9, side="right")
 
@@ -158,19 +156,6 @@ class Scene:
 def frame_times(num_frames: int, fps: float) -> moves.Floats:
     """Times in seconds of `num_frames` frames from 0 on."""
     return np.arange(num_frames) / fps
-
-
-def is_held_out(looks: list[Look]) -> bool:
-    """Whether a composition is never shown in training: by its (colour, shape, motion) triples and by its pairs."""
-    triples = [f"{COLOURS[k.colour]} {SHAPES[k.shape]} {MOTIONS[k.motion]}" for k in looks]
-    things = sorted(f"{COLOURS[k.colour]} {SHAPES[k.shape]}" for k in looks)
-    pairs = [" + ".join(pair) for pair in combinations(things, 2)]
-    return any(_share(name) < HELD_OUT_SHARE for name in triples + pairs)
-
-
-def _share(name: str) -> float:
-    # crc32 is linear, so names that differ in one letter would fall together: a multiplication spreads them.
-    return (zlib.crc32(name.encode()) * 2654435761 % 2**32) / 2**32
 
 
 class Stage:

@@ -1,0 +1,191 @@
+"""What the trainings of the stage model are made of: codec, text encoder, teacher and student as recipes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.visibility import Full, Window
+from unspool.data.worlds.captions import vocabulary
+from unspool.data.worlds.stage import StageConfig
+from unspool.methods.codec import CodecTrainingConfig
+from unspool.methods.common import SigmaLaw
+from unspool.methods.flow_matching import FlowMatchingConfig
+from unspool.methods.teacher_forcing import TeacherForcingConfig
+from unspool.models.caption import CaptionConfig
+from unspool.models.taehv import TaehvConfig
+from unspool.models.wan.config import WanConfig
+from unspool.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from unspool.data.batch import Source
+    from unspool.methods.base import Method
+    from unspool.models.caption import CaptionEncoder
+    from unspool.models.wan.network import WanTransformer
+
+CLIP, CHUNK = 21, 3
+"""Latent frames of a clip and of a chunk: 81 pixel frames, 5 seconds at 16 frames per second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecRecipe(Recipe):
+    """The codec, from clips rendered as they are needed. `frozen_encoder`: only the decoder learns, so latents that
+    were encoded before stay valid. `start`: a codec file to go on from."""
+
+    codec: TaehvConfig
+    method: CodecTrainingConfig
+    stage: StageConfig = field(default_factory=lambda: StageConfig(sprites=(0.3, 0.4, 0.3), events=(0.3, 0.5, 0.2)))
+    frames: int = 13
+    size_px: int = 64
+    start: str = ""
+    frozen_encoder: bool = False
+
+    def build_method(self, device: torch.device) -> Method:
+        import torch
+
+        from unspool.methods.codec import CodecTraining
+        from unspool.models.taehv import Taehv
+
+        codec = Taehv.from_single_file(self.start) if self.start else Taehv(self.codec)
+        if self.frozen_encoder:
+            codec.encoder.requires_grad_(False)
+        return CodecTraining(self.method, codec=codec.to(device, memory_format=torch.channels_last))
+
+    def build_source(self) -> Source:
+        from unspool.data.stage import StageClips
+
+        return StageClips(self.stage, frames=self.frames, size_px=self.size_px, moment=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe(Recipe):
+    """The text encoder alone: its slots learn what a caption states."""
+
+    text: CaptionConfig
+
+    def build_method(self, device: torch.device) -> Method:
+        from unspool.data.stage import CLASSES
+        from unspool.methods.parsing import CaptionParsing, CaptionParsingConfig
+        from unspool.models.caption import CaptionEncoder
+
+        return CaptionParsing(CaptionParsingConfig(classes=CLASSES), text=CaptionEncoder(self.text).to(device))
+
+    def build_source(self) -> Source:
+        from unspool.data.stage import StageCaptions
+
+        return StageCaptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortClips:
+    """The first legs of a training: (latent frames, steps) of ever longer clips, then whole ones."""
+
+    legs: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRecipe(Recipe):
+    """Base of what trains a network on encoded clips. Fields: `network` sizes; `text` a text encoder file, from which
+    the encoder goes on learning; `data` a folder of latents; `start` weights of the student to begin with."""
+
+    network: WanConfig
+    text: str
+    data: str
+    start: str = ""
+    short: ShortClips = field(default_factory=ShortClips)
+    in_memory: bool = True
+
+    def student_parts(self, device: torch.device) -> tuple[WanTransformer, CaptionEncoder]:
+        """The network and its text encoder on `device`."""
+        from unspool.models.caption import CaptionEncoder
+        from unspool.models.wan.network import WanTransformer
+
+        text = CaptionEncoder.from_single_file(self.text)
+        if text.text_len != self.network.text_len or text.config.out_dim != self.network.text_dim:
+            raise ValueError(
+                f"{self.text} gives {text.text_len} rows of {text.config.out_dim}, network expects "
+                f"{self.network.text_len} of {self.network.text_dim}; set network.text_len and network.text_dim"
+            )
+        return WanTransformer(self.network).to(device), text.to(device)
+
+    def build_source(self) -> Source:
+        from unspool.data.curriculum import Curriculum, Leg
+        from unspool.data.shards import LatentShards, LatentShardsConfig
+
+        def clips(frames: int | None) -> Source:
+            return LatentShards(LatentShardsConfig(path=self.data, frames=frames, in_memory=self.in_memory))
+
+        legs = [Leg(source=clips(frames), steps=steps) for frames, steps in self.short.legs]
+        return Curriculum([*legs, Leg(source=clips(None), steps=1)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRecipe(LatentRecipe):
+    """The bidirectional teacher: flow matching of whole clips."""
+
+    method: FlowMatchingConfig
+
+    def build_method(self, device: torch.device) -> Method:
+        from unspool.methods.flow_matching import FlowMatching
+
+        network, text = self.student_parts(device)
+        return begin_from(FlowMatching(self.method, backbone=network, text=text), self.start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRecipe(LatentRecipe):
+    """The causal many-step student: teacher forcing, from the teacher's weights."""
+
+    method: TeacherForcingConfig
+
+    def build_method(self, device: torch.device) -> Method:
+        from unspool.methods.teacher_forcing import TeacherForcing
+
+        network, text = self.student_parts(device)
+        return begin_from(TeacherForcing(self.method, backbone=network, text=text), self.start)
+
+
+def begin_from(method: Method, path: str) -> Method:
+    """The method with its student's weights read from `path` (nothing happens without one)."""
+    if path:
+        from unspool.weights.read import read_checkpoint
+        from unspool.weights.report import load_into
+
+        load_into(method.networks["student"], read_checkpoint(path).tensors)
+    return method
+
+
+def caption_config() -> CaptionConfig:
+    """The stage's text encoder: four slots (the sky and three sprites) and forty words."""
+    return CaptionConfig(words=vocabulary(), dim=192, out_dim=192, layers=3, heads=4, rows=40, slots=4)
+
+
+def chunks() -> ChunkPlan:
+    """Chunks of three latent frames."""
+    return ChunkPlan(chunk=CHUNK)
+
+
+def towards_noise() -> SigmaLaw:
+    """Levels of training: what a clip shows is decided at high noise, so more of it."""
+    return SigmaLaw(law="logit_normal", shift=2.5, mean=0.0, std=1.2)
+
+
+__all__ = [
+    "CHUNK",
+    "CLIP",
+    "CodecRecipe",
+    "Full",
+    "LatentRecipe",
+    "ShortClips",
+    "StudentRecipe",
+    "TeacherRecipe",
+    "TextRecipe",
+    "Window",
+    "begin_from",
+    "caption_config",
+    "chunks",
+    "towards_noise",
+]
