@@ -85,16 +85,17 @@ def describe(looks: Sequence[Look], sky: int, rng: np.random.Generator, order: S
 
     The size is left out of two captions in five, the sky of one in twelve; colour, shape and motion are always said.
     """
-    order = rng.permutation(len(looks)) if order is None else order
+    order = [int(i) for i in rng.permutation(len(looks))] if order is None else order
     sized = rng.random() < 0.6
+    opening = _pick(rng, _OPENINGS)
     parts, said = [], []
     for index in order:
         look = looks[index]
-        parts.append(_noun_phrase(look, sized, rng))
+        parts.append(_noun_phrase(look, sized, rng, is_sentence=not opening))
         said.append((look.colour, look.shape, look.motion, look.size if sized else -1))
     join = _pick(rng, _JOINS)
     text = (", ".join(parts[:-1]) + join + parts[-1]) if len(parts) > 1 else parts[0] if parts else "nothing"
-    text = _pick(rng, _OPENINGS) + text
+    text = opening + text
     if rng.random() < 1 / 12:
         return Caption(text, -1, tuple(said))
     words = _pick(rng, SKY_WORDS[SKIES[sky]])
@@ -122,12 +123,13 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def _noun_phrase(look: Look, sized: bool, rng: np.random.Generator) -> str:
+def _noun_phrase(look: Look, sized: bool, rng: np.random.Generator, *, is_sentence: bool) -> str:
+    """One sprite; only in a sentence of its own does it get a finite verb."""
     words = [_pick(rng, COLOUR_WORDS[COLOURS[look.colour]]), _pick(rng, SHAPE_WORDS[SHAPES[look.shape]])]
     if sized:
         words.insert(0, _pick(rng, SIZE_WORDS[SIZES[look.size]]))
     motion = MOTIONS[look.motion]
-    form = rng.random()
+    form = rng.random() if is_sentence else 0.6 + 0.4 * rng.random()
     if form < 0.6:
         return f"{_article(words[0])} {' '.join(words)} {_pick(rng, FINITE[motion])}"
     if form < 0.75:

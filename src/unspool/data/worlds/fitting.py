@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unspool.data.worlds.captions import SHAPES
-from unspool.data.worlds.render import PALETTE, Drawn, _shadow, draw
+from unspool.data.worlds.render import PALETTE, Drawn, draw, shadow
 from unspool.data.worlds.segment import (
     LEAST_AREA,
     NOTHING,
@@ -149,7 +149,7 @@ def fit(pixels: F32, empty: F32, labels: NDArray[np.uint8], skies: Skies, blobs:
     first = _assemble([_best(p, width, height, blobs) for p in parts], order)
     ground = empty.copy()
     for one in slots(first, len(pixels)):
-        _shadow(ground, one)
+        shadow(ground, one)
     found = []
     for crops in parts:
         crops.refine(pixels, ground, skies.tint)

@@ -20,7 +20,7 @@ PALETTE: F32 = np.array(
         (222, 40, 46), (242, 130, 24), (246, 214, 40), (52, 168, 66),
         (40, 190, 190), (44, 92, 226), (136, 62, 190), (242, 108, 178),
     ], np.float32,
-) / 255  # fmt: skip
+) / np.float32(255)  # fmt: skip
 """RGB of the colours, in the order of `captions.COLOURS`."""
 AMBIENT: F32 = np.array([(1.0, 1.0, 1.0), (1.0, 0.95, 0.92), (0.86, 0.86, 0.95)], np.float32)
 """What each sky does to a colour."""
@@ -35,7 +35,7 @@ _SKIES: F32 = np.array(
         [(96, 86, 118), (222, 178, 156), (128, 106, 98), (98, 80, 78)],
         [(14, 17, 36), (44, 50, 78), (38, 42, 52), (26, 29, 37)],
     ], np.float32,
-) / 255  # fmt: skip
+) / np.float32(255)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def draw(sprites: list[Drawn], sky: F32, *, height: int, width: int) -> NDArray[
         canvas[f] = empty[pure[f]] if is_pure[f] else np.tensordot(sky[f], empty, 1)
     tint = sky @ AMBIENT
     for sprite in sprites:
-        _shadow(canvas, sprite)
+        shadow(canvas, sprite)
     for sprite in sprites:
         _sprite(canvas, sprite, tint)
     canvas *= 255
@@ -101,11 +101,8 @@ def coverage(u: F32, v: F32, shape: int) -> F32:
     tip, ix, iy = 1.25, 0.58 * np.cos(np.pi / 5), 0.58 * np.sin(np.pi / 5)
     nx, ny = iy, tip - ix
     norm = np.hypot(nx, ny)
-    return (
-        rho * np.cos(folded) * np.float32(nx / norm)
-        + rho * np.sin(folded) * np.float32(ny / norm)
-        - np.float32(tip * nx / norm)
-    )
+    reach = rho * (np.cos(folded) * np.float32(nx / norm) + np.sin(folded) * np.float32(ny / norm))
+    return np.asarray(reach - np.float32(tip * nx / norm), np.float32)
 
 
 def _patch(centre: F32, size: int, limit: int) -> tuple[NDArray[np.int64], F32]:
@@ -137,7 +134,9 @@ def _sprite(canvas: F32, sprite: Drawn, tint: F32) -> None:
             rows = kinds == kind
             distance[rows] = coverage(u[rows], v[rows], int(kind))
     else:
-        distance = sum(weights[:, k, None, None] * coverage(u, v, k) for k in np.flatnonzero(weights.any(0)))
+        distance = np.zeros(np.broadcast_shapes(u.shape, v.shape), np.float32)
+        for kind in np.flatnonzero(weights.any(0)):
+            distance += weights[:, kind, None, None] * coverage(u, v, int(kind))
     alpha = np.clip(0.5 - distance * radius, 0, 1)
     light = np.clip(np.float32(0.94) - np.float32(0.09) * u - np.float32(0.17) * v, 0.6, 1.15)
     shine = weights[:, 0, None, None] * np.float32(0.35) * np.exp(-((u + 0.35) ** 2 + (v + 0.4) ** 2) * np.float32(9))
@@ -150,7 +149,8 @@ def _sprite(canvas: F32, sprite: Drawn, tint: F32) -> None:
     canvas[at] = below
 
 
-def _shadow(canvas: F32, sprite: Drawn) -> None:
+def shadow(canvas: F32, sprite: Drawn) -> None:
+    """Darken the ground under a sprite, in place; canvas [n, height, width, 3]."""
     n = _there(sprite)
     if not len(n):
         return

@@ -30,6 +30,7 @@ GROW_S = 0.3
 """Seconds in which a sprite grows in or shrinks away."""
 SKY_FADE_S = 1.0
 _TRIES = 24
+MOST_CROWDED = 0.12  # largest share of a clip in which sprites may cover each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,10 @@ class _Director:
         looks = self._composition(count)
         if looks is None:
             return None
-        scene = Scene(self._place(looks), ((-math.inf, self._pick(self.config.skies, SKIES)),))
+        actors = self._place(looks)
+        if actors is None:
+            return None
+        scene = Scene(actors, ((-math.inf, self._pick(self.config.skies, SKIES)),))
         for time in self._event_times(num_events):
             scene = self._happen(scene, time)
         if self.held_out != any(is_held_out([k for _, k in scene.looks(t)]) for t in self._moments(scene)):
@@ -207,6 +211,8 @@ class _Director:
         for _ in range(_TRIES):
             colours = self.rng.permutation(len(self.config.colours))[:count]
             looks = [self._look(COLOURS.index(self.config.colours[c])) for c in colours]
+            if count == 3 and sum(SIZES[look.size] == "big" for look in looks) > 1:
+                continue  # three sprites stand clear of each other only if most of them are small
             if len(looks) == count and is_held_out(looks) == self.held_out:
                 return looks
         return None
@@ -216,8 +222,8 @@ class _Director:
         shape, motion = self._pick(config.shapes, SHAPES), self._pick(config.motions, MOTIONS)
         return Look(colour, shape, motion, self._pick(config.sizes, SIZES))
 
-    def _place(self, looks: list[Look]) -> tuple[Actor, ...]:
-        """The arrangement of the fewest encounters out of some."""
+    def _place(self, looks: list[Look]) -> tuple[Actor, ...] | None:
+        """The arrangement of the fewest encounters out of some; None where sprites hide each other all the same."""
         best: tuple[float, tuple[Actor, ...]] | None = None
         for _ in range(_TRIES):
             actors = tuple(self._actor(look, 0.0) for look in looks)
@@ -227,7 +233,7 @@ class _Director:
             if cost <= 0.02:
                 break
         assert best is not None
-        return best[1]
+        return best[1] if best[0] <= MOST_CROWDED else None
 
     def _actor(self, look: Look, time: float, *, born: float = -math.inf) -> Actor:
         motion = moves.begin(look.motion, time, float(RADII[look.size]), self.rng, None)
@@ -240,7 +246,8 @@ class _Director:
 
     def _event_times(self, count: int) -> list[float]:
         """Times at least 1.2 s apart; most begin with a chunk (its first pixel frame)."""
-        config, times = self.config, []
+        config = self.config
+        times: list[float] = []
         per_chunk = 4 * config.chunk
         for _ in range(8 * count):
             if len(times) == count:
@@ -340,12 +347,13 @@ class _Director:
         return [0.0, *(event.time for event in scene.events)]
 
     def _describe(self, scene: Scene) -> tuple[Prompt, ...]:
-        prompts, order = [], None
+        prompts: list[Prompt] = []
+        order: list[int] | None = None
         for time in self._moments(scene):
             looks = scene.looks(time)
             known = order is not None and self.rng.random() < 0.7
             order = [i for i in order or [] if i in dict(looks)] if known else []
-            order += [i for i in self.rng.permutation([i for i, _ in looks]) if i not in order]
+            order += [int(i) for i in self.rng.permutation([i for i, _ in looks]) if i not in order]
             names = [i for i, _ in looks]
             caption = describe([k for _, k in looks], scene.sky(time), self.rng, [names.index(i) for i in order])
             prompts.append(Prompt(time, caption))
