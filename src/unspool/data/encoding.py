@@ -86,12 +86,14 @@ def encode_source(
     batch: int = 4,
     workers: int = 0,
     device: torch.device | str = "cpu",
+    bf16: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Encoded:
     """Encode every clip of a listed source, or the first `limit` samples of another, and continue what is there.
 
     A clip that cannot be read is left out; the source's report says which. Clips that are on disk are not made again.
-    `progress` gets (clips done, clips in all). Raises ValueError where there is no clip, `limit` is missing, or the
+    `bf16` runs the codec under autocast, two to four times as fast on a CPU with bf16 products. `progress` gets (clips
+    done, clips in all). Raises ValueError where there is no clip, `limit` is missing, or the
     folder holds something else; nothing is written then.
     """
     total = _total(source, limit)
@@ -103,14 +105,14 @@ def encode_source(
     probe = next((clip for item in range(total) if (clip := _fetch(source, item)) is not None), None)
     if probe is None:
         raise ValueError(f"got no clip that can be read among {total}; {_report(source)}".rstrip("; "))
-    latents = _encode(codec.module, probe.pixels[None], device)
+    latents = _encode(codec.module, probe.pixels[None], device, bf16)
     states = _states(text, probe.captions)
     header = _header(source, codec, text, probe.pixels, latents[0], states, fps=fps, dtype=dtype)
     with ShardWriter(folder, header) as writer:
         before = writer.num_clips
         for clips, done in _groups(source, range(writer.next_item, total), batch, workers):
             if clips:
-                latents = _encode(codec.module, torch.stack([clip.pixels for clip in clips]), device)
+                latents = _encode(codec.module, torch.stack([clip.pixels for clip in clips]), device, bf16)
                 for clip, latent in zip(clips, latents, strict=True):
                     writer.add(
                         clip.item,
@@ -172,8 +174,9 @@ def _groups(source: Source, items: range, size: int, workers: int) -> Iterator[t
 
 
 @torch.inference_mode()
-def _encode(codec: Encoder, pixels: Pixels, device: torch.device | str) -> Latent:
-    latents = codec.encode(pixels.to(device))
+def _encode(codec: Encoder, pixels: Pixels, device: torch.device | str, bf16: bool) -> Latent:
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+        latents = codec.encode(pixels.to(device))
     if latents.ndim != 5 or len(latents) != len(pixels):
         raise ValueError(f"the codec made {tuple(latents.shape)} of {tuple(pixels.shape)}; expected [b, t, c, h, w]")
     return latents.float().cpu()

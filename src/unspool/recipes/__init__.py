@@ -1,6 +1,14 @@
-"""Complete named trainings as functions. `RECIPES` maps a name to "module:function"; a user's own stands beside them."""
+"""Complete named trainings as functions. `RECIPES` maps a name to "module:function"; users may give their own."""
 
 from __future__ import annotations
 
-RECIPES: dict[str, str] = {}
+RECIPES: dict[str, str] = {
+    "stage-64-codec": "unspool.recipes.stage:codec_64",
+    "stage-64-text": "unspool.recipes.stage:text_64",
+    "stage-64-teacher": "unspool.recipes.stage:teacher_64",
+    "stage-64-student": "unspool.recipes.stage:student_64",
+    "stage-128-codec": "unspool.recipes.stage:codec_128",
+    "stage-128-teacher": "unspool.recipes.stage:teacher_128",
+    "stage-128-student": "unspool.recipes.stage:student_128",
+}
 """Name -> "module:function"."""

@@ -44,15 +44,13 @@ class CodecRecipe(Recipe):
     frozen_encoder: bool = False
 
     def build_method(self, device: torch.device) -> Method:
-        import torch
-
         from unspool.methods.codec import CodecTraining
         from unspool.models.taehv import Taehv
 
         codec = Taehv.from_single_file(self.start) if self.start else Taehv(self.codec)
         if self.frozen_encoder:
             codec.encoder.requires_grad_(False)
-        return CodecTraining(self.method, codec=codec.to(device, memory_format=torch.channels_last))
+        return CodecTraining(self.method, codec=codec.to(device))
 
     def build_source(self) -> Source:
         from unspool.data.stage import StageClips

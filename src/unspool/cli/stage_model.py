@@ -1,0 +1,46 @@
+"""`unspool stage-model`: train the shipped model from nothing, in legs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Build the stage model: codec, text encoder, latents, bidirectional teacher, causal student, model folders.
+
+    No download and no data are needed: the clips are rendered. Run it again to go on where it stopped; every part is
+    kept under --out and made once. About six hours on two CPU cores at 64 px.
+    """
+
+    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Changes of the parts' recipes, such as teacher.train.steps=100 or codec.train.batch=8."""
+    size: int = 64
+    """Side of the video in pixels: 64 for a CPU, 128 for a GPU."""
+    out: Path = Path("runs")
+    """Folder of the runs."""
+    clips: int = 24_000
+    """Clips that are rendered and encoded for training."""
+    max_minutes: float | None = None
+    """End this leg with everything saved after so many minutes."""
+    until: str = "models"
+    """Last part to do: codec, text, latents, teacher, student or models."""
+    assets: Path | None = None
+    """Folder to write the student's model into, such as src/unspool/assets/stage."""
+    weights: Path | None = None
+    """Folder to write the teacher's model into, such as weights/stage-64-teacher."""
+
+
+def run(args: Args) -> int:
+    """Build; 0 also when the time of the leg ran out with everything saved."""
+    from unspool.recipes.stage_model import StageModel, StageModelConfig
+
+    config = StageModelConfig(
+        size_px=args.size, out=args.out, clips=args.clips, max_minutes=args.max_minutes, until=args.until,
+        assets=args.assets, weights=args.weights, overrides=args.overrides,
+    )  # fmt: skip
+    StageModel(config, tell=lambda line: print(line, flush=True)).run()
+    return 0

@@ -1,0 +1,72 @@
+"""A trained stage network with its codec and text encoder as a model folder, ready to load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from unspool.diffusion.schedule import uniform
+from unspool.engine.model_folder import ModelSpec, Part, save_model_folder
+from unspool.engine.settings import RolloutSettings
+from unspool.geometry import Geometry
+from unspool.recipes.stage_parts import CHUNK, CLIP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unspool.models.wan.config import WanConfig
+
+STEPS, SHIFT, GUIDANCE = 50, 2.5, 3.0
+"""Denoising steps, shift of their sigmas and guidance scale that the stage's networks are run with."""
+WINDOW, SINK = CLIP, CHUNK
+EXAMPLES = (
+    "a red ball bounces at sunset",
+    "a blue star drifts left at night",
+    "a small green triangle rests and a big yellow square rises by day",
+    "a purple ball orbits at sunset",
+)
+VOCABULARY = (
+    "one to three sprites: small or big; red, orange, yellow, green, teal, blue, purple, pink; ball, square, triangle, "
+    "star; bounces, drifts left, drifts right, rises, orbits, rests; by day, at sunset, at night"
+)
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    *,
+    kind: Literal["causal", "bidirectional"],
+    size_px: int,
+    network: WanConfig,
+    weights: Mapping[str, Tensor],
+    codec: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    provenance: Mapping[str, Any] | None = None,
+    card: str | None = None,
+) -> ModelSpec:
+    """Write the folder of a student ("causal") or teacher. `weights` has keys `backbone.*` and `text.*`, as trained."""
+    from unspool.models.caption import CaptionEncoder
+    from unspool.models.taehv import Taehv
+    from unspool.models.wan.network import WanTransformer
+
+    transformer, encoder = WanTransformer(network), CaptionEncoder.from_single_file(text)
+    for module, prefix in ((transformer, "backbone."), (encoder, "text.")):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    sigmas = uniform(STEPS, shift=SHIFT).sigmas
+    spec = ModelSpec(
+        name="stage" if kind == "causal" else "stage-teacher",
+        kind=kind,
+        transformer=Part(kind="wan"), codec=Part(kind="taehv"), text=Part(kind="caption"),
+        height_px=size_px, width_px=size_px, fps=16.0, geometry=Geometry(), clip=CLIP,
+        rollout=RolloutSettings(
+            chunk=CHUNK, window=WINDOW, sink=SINK, sigmas=sigmas, solver="euler", shift=SHIFT,
+            guidance_scale=GUIDANCE, sigma_commit=0.0, switch_policy="keep",
+            positions="relative" if kind == "causal" else "absolute",
+        ),
+        seconds=5.0,
+        about="sprites under a sky from captions, trained by this package on clips that it renders itself",
+        examples=EXAMPLES, vocabulary=VOCABULARY, licence="Apache-2.0", provenance=dict(provenance or {}),
+    )  # fmt: skip
+    return save_model_folder(
+        folder, spec, transformer=transformer, codec=Taehv.from_single_file(codec), text=encoder, card=card
+    )

@@ -1,0 +1,211 @@
+"""The stage model from nothing: codec, text encoder, latents, teacher, student, model folders, one after another.
+
+Every part ends in a file and is skipped where that file is there; a part that was stopped is continued. So the whole
+may be run in legs of any length, and one part again by deleting what it made.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from unspool.config import apply_overrides, locate
+from unspool.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from unspool.models.taehv import Taehv
+    from unspool.train.recipe import Recipe
+
+Tell = Callable[[str], None]
+Kind = Literal["causal", "bidirectional"]
+PARTS = ("codec", "text", "latents", "teacher", "student", "models")
+_MEASURED_CLIPS, _FAR = 128, 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageModelConfig:
+    """What is built, and where. Fields: `size_px` 64 or 128; `out` folder of the runs; `clips` encoded for training;
+    `max_minutes` of this leg (None: to the end); `until` the last part to do; `assets` folder that the student's model
+    goes to, `weights` that of the teacher's (None: under `out`); `overrides` of the parts' recipes, such as
+    "teacher.train.steps=100"."""
+
+    size_px: int = 64
+    out: Path = Path("runs")
+    clips: int = 24_000
+    max_minutes: float | None = None
+    until: str = "models"
+    assets: Path | None = None
+    weights: Path | None = None
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.size_px not in (64, 128):
+            raise ValueError(f"size_px={self.size_px}: expected 64 or 128, the sizes that there are recipes for")
+        if self.until not in PARTS:
+            raise ValueError(f"until={self.until!r}: expected one of {', '.join(PARTS)}")
+        for override in self.overrides:
+            if override.partition(".")[0] not in ("codec", "text", "teacher", "student"):
+                raise ValueError(
+                    f"override {override!r}: expected PART.a.b=c with a part codec, text, teacher or student"
+                )
+        if self.clips < 64:
+            raise ValueError(f"clips={self.clips}: expected at least 64")
+
+    @property
+    def home(self) -> Path:
+        """Folder of this size's runs."""
+        return self.out / f"stage-{self.size_px}"
+
+
+class StageModel:
+    """Runs the parts. `tell` gets a line about each."""
+
+    def __init__(self, config: StageModelConfig, tell: Tell = print) -> None:
+        self.config, self.tell, self.home = config, tell, config.home
+        self._began = time.monotonic()
+
+    def run(self) -> str | None:
+        """Do every part up to `until`; the part in which the time of the leg ran out, or None when all is done."""
+        for part in PARTS[: PARTS.index(self.config.until) + 1]:
+            if self._is_made(part):
+                self.tell(f"{part}: already made")
+                continue
+            self.tell(f"{part}: begins")
+            began = time.monotonic()
+            if not getattr(self, f"_make_{part}")():
+                self.tell(f"{part}: saved, the time of this leg is over; run the same command again")
+                return part
+            self._note(part, time.monotonic() - began)
+        return None
+
+    # ---- parts -------------------------------------------------------------------------------------------------
+
+    def _make_codec(self) -> bool:
+        if not self._train("codec"):
+            return False
+        from unspool.data.stage import StageClips
+        from unspool.methods.codec import measure_latents
+
+        codec = self._trained_codec()
+        clips = StageClips(frames=41, size_px=self.config.size_px, first=_FAR)
+        mean, std = measure_latents(codec, (clips.batch(k, 8) for k in range(_MEASURED_CLIPS // 8)))
+        codec.with_normalisation(mean, std).save(self.home / "codec.safetensors")
+        return True
+
+    def _make_text(self) -> bool:
+        if not self._train("text"):
+            return False
+        from unspool.models.caption import CaptionEncoder
+
+        text = CaptionEncoder(self._recipe("text").text)  # type: ignore[attr-defined]
+        text.load_state_dict(self._weights("text", "text."))
+        text.save(self.home / "text.safetensors")
+        return True
+
+    def _make_latents(self) -> bool:
+        from unspool.data.encoding import encode_source, load_file_or_name
+        from unspool.data.stage import StageClips
+
+        clips = StageClips(frames=81, size_px=self.config.size_px)
+        codec = load_file_or_name(str(self.home / "codec.safetensors"), {"Taehv": "unspool.models.taehv:Taehv"})
+        step = max(1, self.config.clips // 20)
+        encode_source(
+            clips, codec, self.home / "latents", fps=clips.fps, limit=self.config.clips, batch=16, bf16=True,
+            device=_device(),
+            progress=lambda done, total: self.tell(f"latents: {done} of {total} clips") if done % step < 16 else None,
+        )  # fmt: skip
+        return True
+
+    def _make_teacher(self) -> bool:
+        return self._train("teacher")
+
+    def _make_student(self) -> bool:
+        return self._train("student")
+
+    def _make_models(self) -> bool:
+        from unspool.recipes.stage_folder import write_folder
+
+        student = self.config.assets or self.home / "model"
+        teacher = self.config.weights or self.home / "teacher-model"
+        folders: tuple[tuple[str, Path, Kind], ...] = (
+            ("student", student, "causal"),
+            ("teacher", teacher, "bidirectional"),
+        )
+        for role, folder, kind in folders:
+            recipe = self._recipe(role)
+            write_folder(
+                folder, kind=kind, size_px=self.config.size_px, network=recipe.network,  # type: ignore[attr-defined]
+                weights=self._weights(role, ""), codec=self.home / "codec.safetensors",
+                text=self.home / "text.safetensors", provenance=self._provenance(role),
+            )  # fmt: skip
+            self.tell(f"models: {folder}")
+        return True
+
+    # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _recipe(self, part: str) -> Recipe:
+        size = 64 if part == "text" else self.config.size_px
+        made: Any = locate(f"stage-{size}-{part}", RECIPES)()
+        if part in ("teacher", "student"):
+            made = replace(made, text=str(self.home / "text.safetensors"), data=str(self.home / "latents"))
+        if part == "student":
+            made = replace(made, start=str(self.home / "teacher" / "student.safetensors"))
+        own = [o.partition(".")[2] for o in self.config.overrides if o.partition(".")[0] == part]
+        return apply_overrides(made, own)
+
+    def _train(self, part: str) -> bool:
+        """One leg of a part; whether it is done."""
+        from unspool.train.loop import Trainer
+
+        recipe = self._recipe(part)
+        if self.config.max_minutes is not None:
+            left = self.config.max_minutes - (time.monotonic() - self._began) / 60
+            if left <= 0.1:
+                return False
+            recipe = replace(recipe, train=replace(recipe.train, max_minutes=left))
+        trainer = Trainer(recipe, self.home / part, name=f"stage-{self.config.size_px}-{part}")
+        return trainer.run().is_done
+
+    def _weights(self, part: str, prefix: str) -> dict[str, Any]:
+        from unspool.train.export import read_weights
+
+        tensors = read_weights(self.home / part / "student.safetensors")
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    def _trained_codec(self) -> Taehv:
+        from unspool.models.taehv import Taehv
+
+        codec = Taehv(self._recipe("codec").codec)  # type: ignore[attr-defined]
+        codec.load_state_dict(self._weights("codec", ""))
+        return codec
+
+    def _is_made(self, part: str) -> bool:
+        if part == "models":
+            return False
+        return part in self._notes()
+
+    def _notes(self) -> dict[str, Any]:
+        path = self.home / "parts.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _note(self, part: str, seconds: float) -> None:
+        from unspool.data.shard_format import replace_text
+
+        notes = self._notes() | {part: {"last_leg_minutes": round(seconds / 60, 1)}}
+        replace_text(self.home / "parts.json", json.dumps(notes, indent=1) + "\n")
+
+    def _provenance(self, role: str) -> dict[str, Any]:
+        from unspool.config import to_dict
+
+        return {"recipe": f"stage-{self.config.size_px}-{role}", "clips": self.config.clips, "parts": self._notes(),
+                "config": to_dict(self._recipe(role))}  # fmt: skip
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

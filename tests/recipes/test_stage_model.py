@@ -1,0 +1,65 @@
+"""The chain that builds the stage model, at a size where every part takes a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unspool.config import locate
+from unspool.recipes import RECIPES
+from unspool.recipes.stage_model import PARTS, StageModel, StageModelConfig
+
+SMALL = (
+    "codec.train.steps=2", "codec.train.batch=2", "codec.codec.encoder_widths=8,8,8,8", "codec.frames=9",
+    "codec.codec.decoder_widths=8,8,8,8",
+    "text.train.steps=2", "text.train.batch=4", "text.text.dim=32", "text.text.layers=1", "text.text.out_dim=16",
+    *(f"{part}.{change}" for part in ("teacher", "student") for change in (
+        "train.steps=4", "train.batch=2", "network.dim=32", "network.ffn_dim=64", "network.num_layers=1",
+        "network.num_heads=2", "network.text_dim=16", "train.compile=false",
+    )),
+    "teacher.short.legs=[[3,1],[9,1]]",
+)  # fmt: skip
+
+
+def build(folder: Path, **changes: object) -> tuple[str | None, list[str]]:
+    told: list[str] = []
+    config = StageModelConfig(out=folder, clips=64, overrides=SMALL, **changes)  # type: ignore[arg-type]
+    return StageModel(config, told.append).run(), told
+
+
+@pytest.mark.slow
+def test_the_chain_ends_in_two_models_that_load(tmp_path: Path) -> None:
+    from unspool.engine.load import load
+
+    assert build(tmp_path, until="text")[0] is None
+    ended, told = build(tmp_path)
+    assert ended is None and told[:2] == ["codec: already made", "text: already made"]
+    assert list(json.loads((tmp_path / "stage-64" / "parts.json").read_text())) == list(PARTS)
+    student = load(tmp_path / "stage-64" / "model")
+    assert student.generate("a red ball bounces at sunset", seconds=1, steps=2).frames.shape[1:] == (64, 64, 3)
+    teacher = load(tmp_path / "stage-64" / "teacher-model")
+    assert not teacher.spec.is_causal
+
+
+def test_a_leg_without_time_saves_nothing_and_says_where_it_stopped(tmp_path: Path) -> None:
+    ended, told = build(tmp_path, max_minutes=0.05)
+    assert ended == "codec" and "run the same command again" in told[-1]
+
+
+def test_wrong_settings_are_refused(tmp_path: Path) -> None:
+    for wrong, match in (
+        ({"size_px": 96}, "64 or 128"), ({"until": "distil"}, "codec, text"), ({"clips": 3}, "at least 64"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            StageModelConfig(out=tmp_path, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"PART\.a\.b=c"):
+        StageModelConfig(out=tmp_path, overrides=("steps=3",))
+
+
+def test_every_recipe_builds_its_configuration_and_says_what_it_is() -> None:
+    for name, target in RECIPES.items():
+        made = locate(name, RECIPES)
+        assert made().train.steps > 0, target
+        assert made.__doc__, name
