@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from unspool.config import locate
+from unspool.log import read_metrics
 from unspool.recipes import RECIPES
 from unspool.recipes.stage_model import PARTS, StageModel, StageModelConfig
 
@@ -17,7 +18,8 @@ SMALL = (
     "text.train.steps=2", "text.train.batch=4", "text.text.dim=32", "text.text.layers=1", "text.text.out_dim=16",
     *(f"{part}.{change}" for part in ("teacher", "student") for change in (
         "train.steps=4", "train.batch=2", "network.dim=32", "network.ffn_dim=64", "network.num_layers=1",
-        "network.num_heads=2", "network.text_dim=16", "train.compile=false",
+        "network.num_heads=2", "network.text_dim=16", "train.compile=false", "watch.every=4", "watch.clips=2",
+        "watch.frames=21", "watch.steps=2",
     )),
     "teacher.short.legs=[[3,1],[9,1]]",
 )  # fmt: skip
@@ -37,6 +39,9 @@ def test_the_chain_ends_in_two_models_that_load(tmp_path: Path) -> None:
     ended, told = build(tmp_path)
     assert ended is None and told[:2] == ["codec: already made", "text: already made"]
     assert list(json.loads((tmp_path / "stage-64" / "parts.json").read_text())) == list(PARTS)
+    rows = read_metrics(tmp_path / "stage-64" / "student" / "metrics.jsonl")
+    assert any("score/one/adherence" in row for row in rows)
+    assert (tmp_path / "stage-64" / "teacher" / "samples" / "step-00000004.png").is_file()
     student = load(tmp_path / "stage-64" / "model")
     assert student.generate("a red ball bounces at sunset", seconds=1, steps=2).frames.shape[1:] == (64, 64, 3)
     teacher = load(tmp_path / "stage-64" / "teacher-model")

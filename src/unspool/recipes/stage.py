@@ -99,7 +99,7 @@ def codec_128() -> CodecRecipe:
 def teacher_128() -> TeacherRecipe:
     """Bidirectional teacher of the 128 px stage: 20 M parameters, 64 tokens per latent frame, one GPU."""
     return TeacherRecipe(
-        network=_network(dim=384, layers=8, heads=6),
+        size_px=128, network=_network(dim=384, layers=8, heads=6),
         text="runs/stage-128/text.safetensors", data="runs/stage-128/latents",
         short=ShortClips(legs=((3, 4000), (9, 3000))),
         method=FlowMatchingConfig(sigma=towards_noise(), weight="none", drop_text=0.1),
@@ -110,7 +110,7 @@ def teacher_128() -> TeacherRecipe:
 def student_128() -> StudentRecipe:
     """Causal many-step student of the 128 px stage."""
     return StudentRecipe(
-        network=_network(dim=384, layers=8, heads=6),
+        size_px=128, network=_network(dim=384, layers=8, heads=6),
         text="runs/stage-128/text.safetensors", data="runs/stage-128/latents",
         start="runs/stage-128/teacher/student.safetensors",
         method=_teacher_forcing(),

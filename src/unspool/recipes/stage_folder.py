@@ -52,21 +52,31 @@ def write_folder(
     transformer, encoder = WanTransformer(network), CaptionEncoder.from_single_file(text)
     for module, prefix in ((transformer, "backbone."), (encoder, "text.")):
         module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    sigmas = uniform(STEPS, shift=SHIFT).sigmas
-    spec = ModelSpec(
+    spec = describe_model(kind=kind, size_px=size_px, transformer=Part(kind="wan"), provenance=provenance)
+    return save_model_folder(
+        folder, spec, transformer=transformer, codec=Taehv.from_single_file(codec), text=encoder, card=card
+    )
+
+
+def describe_model(
+    *,
+    kind: Literal["causal", "bidirectional"],
+    size_px: int,
+    transformer: Part,
+    provenance: Mapping[str, Any] | None = None,
+) -> ModelSpec:
+    """How a stage network is run, as `model.json` states it; files are filled in when it is saved."""
+    return ModelSpec(
         name="stage" if kind == "causal" else "stage-teacher",
         kind=kind,
-        transformer=Part(kind="wan"), codec=Part(kind="taehv"), text=Part(kind="caption"),
+        transformer=transformer, codec=Part(kind="taehv"), text=Part(kind="caption"),
         height_px=size_px, width_px=size_px, fps=16.0, geometry=Geometry(), clip=CLIP,
         rollout=RolloutSettings(
-            chunk=CHUNK, window=WINDOW, sink=SINK, sigmas=sigmas, solver="euler", shift=SHIFT,
-            guidance_scale=GUIDANCE, sigma_commit=0.0, switch_policy="keep",
+            chunk=CHUNK, window=WINDOW, sink=SINK, sigmas=uniform(STEPS, shift=SHIFT).sigmas, solver="euler",
+            shift=SHIFT, guidance_scale=GUIDANCE, sigma_commit=0.0, switch_policy="keep",
             positions="relative" if kind == "causal" else "absolute",
         ),
         seconds=5.0,
         about="sprites under a sky from captions, trained by this package on clips that it renders itself",
         examples=EXAMPLES, vocabulary=VOCABULARY, licence="Apache-2.0", provenance=dict(provenance or {}),
     )  # fmt: skip
-    return save_model_folder(
-        folder, spec, transformer=transformer, codec=Taehv.from_single_file(codec), text=encoder, card=card
-    )

@@ -151,7 +151,9 @@ class StageModel:
         size = 64 if part == "text" else self.config.size_px
         made: Any = locate(f"stage-{size}-{part}", RECIPES)()
         if part in ("teacher", "student"):
-            made = replace(made, text=str(self.home / "text.safetensors"), data=str(self.home / "latents"))
+            codec = str(self.home / "codec.safetensors")
+            made = replace(made, text=str(self.home / "text.safetensors"), data=str(self.home / "latents"),
+                           watch=replace(made.watch, codec=codec))  # fmt: skip
         if part == "student":
             made = replace(made, start=str(self.home / "teacher" / "student.safetensors"))
         own = [o.partition(".")[2] for o in self.config.overrides if o.partition(".")[0] == part]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from unspool.causal.chunks import ChunkPlan
 from unspool.causal.visibility import Full, Window
@@ -16,6 +17,7 @@ from unspool.methods.teacher_forcing import TeacherForcingConfig
 from unspool.models.caption import CaptionConfig
 from unspool.models.taehv import TaehvConfig
 from unspool.models.wan.config import WanConfig
+from unspool.recipes.stage_watch_config import WatchConfig
 from unspool.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from unspool.methods.base import Method
     from unspool.models.caption import CaptionEncoder
     from unspool.models.wan.network import WanTransformer
+    from unspool.train.callbacks import Callback
 
 CLIP, CHUNK = 21, 3
 """Latent frames of a clip and of a chunk: 81 pixel frames, 5 seconds at 16 frames per second."""
@@ -95,6 +98,20 @@ class LatentRecipe(Recipe):
     start: str = ""
     short: ShortClips = field(default_factory=ShortClips)
     in_memory: bool = True
+    size_px: int = 64
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+    kind: ClassVar[Literal["causal", "bidirectional"]] = "bidirectional"
+    harmless: ClassVar[tuple[str, ...]] = ("watch",)
+
+    def callbacks(self) -> Sequence[Callback]:
+        """Samples and their scores, where `watch.codec` names the codec that decodes them."""
+        if not self.watch.codec:
+            return ()
+        from unspool.recipes.stage_watch import Watch
+        from unspool.train.callbacks import Every
+
+        return (Every(self.watch.every, Watch(self.watch, kind=self.kind, size_px=self.size_px)),)
 
     def student_parts(self, device: torch.device) -> tuple[WanTransformer, CaptionEncoder]:
         """The network and its text encoder on `device`."""
@@ -138,6 +155,8 @@ class StudentRecipe(LatentRecipe):
     """The causal many-step student: teacher forcing, from the teacher's weights."""
 
     method: TeacherForcingConfig
+
+    kind: ClassVar[Literal["causal", "bidirectional"]] = "causal"
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.teacher_forcing import TeacherForcing
