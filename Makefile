@@ -15,7 +15,7 @@ GROUP := import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb
 VERSION := import sys; sys.exit(None if sys.version_info >= (3, 11) else f"Python {sys.version.split()[0]} found, 3.11 or newer needed: make PYTHON=python3.11 ...")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format exactness bench clean
+.PHONY: help demo test test-slow test-gpu lint format exactness stage-model evaluate bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(INDEX) -c constraints.txt -e . -r .venv/dev-requirements.txt
 	@touch $@
 
-demo: $(STAMP) ## a small seeded network end to end: writes a video and a contact sheet
+demo: $(STAMP) ## the shipped model end to end: writes a video with two changes of prompt, and a contact sheet
 	$(BIN)/unspool demo $(ARGS)
 
 test: $(STAMP) ## the fast tests, on WORKERS=2 processes
@@ -50,6 +50,12 @@ format: $(STAMP) ## let ruff rewrite what it can
 
 exactness: $(STAMP) ## print the exactness table of docs/exactness.md
 	$(BIN)/unspool exactness $(ARGS)
+
+stage-model: $(STAMP) ## train the stage model from nothing at 64 px, about six hours; MINUTES=150 ends a leg
+	$(BIN)/unspool stage-model $(if $(MINUTES),--max-minutes $(MINUTES)) $(ARGS)
+
+evaluate: $(STAMP) ## measure the stage model against the exact scorer: ARGS="--model runs/stage-64/model"
+	$(BIN)/unspool evaluate stage $(ARGS)
 
 bench: $(STAMP) ## time of the rollout against its bare matmuls
 	$(BIN)/python bench/rollout.py $(ARGS)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from unspool.engine import export
+from unspool.engine import files as files_module
 from unspool.engine.export import contact_sheet, read_metadata, time_labels, write_video
 
 SUFFIXES = [".mp4", ".gif", ".png", ".npy"]
@@ -170,7 +171,7 @@ def test_a_folder_without_permission_is_refused_before_any_frame_is_made(
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(export, "_create", refuse)
+    monkeypatch.setattr(files_module, "create", refuse)
     with pytest.raises(ValueError, match=r"cannot write into .*: Permission denied"):
         write_video(tmp_path / "a.mp4", untouched(), 16)
 

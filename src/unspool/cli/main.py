@@ -11,7 +11,16 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("unspool.cli.demo:run", "roll out a small seeded network and write a video and a contact sheet"),
+    "demo": ("unspool.cli.demo:run", "make a 20 s video with two changes of prompt, and say how fast that was"),
+    "generate": ("unspool.cli.generate:run", "make a video of a prompt, or of several after each other"),
+    "stream": ("unspool.cli.stream:run", "stream in the terminal or to a file; type a prompt to change what comes"),
+    "replay": ("unspool.cli.replay:run", "make a video again from its metadata and compare the frames"),
+    "models": ("unspool.cli.models:run", "list the models that can be loaded by name"),
+    "train": ("unspool.cli.train:run", "train or continue a recipe, with a.b=c changes"),
+    "stage-model": ("unspool.cli.stage_model:run", "train the shipped model from nothing, in legs"),
+    "evaluate": ("unspool.cli.evaluate:run", "measure a stage model against the exact scorer"),
+    "encode": ("unspool.cli.encode:run", "encode a folder of videos to latents, once and for all trainings"),
+    "data": ("unspool.cli.data:run", "look at training data and at what the scorer says about it"),
     "convert": ("unspool.cli.convert:run", "turn a published checkpoint into safetensors with a metadata header"),
     "exactness": ("unspool.cli.exactness:run", "print how exactly streaming agrees with its references"),
     "doctor": ("unspool.cli.doctor:run", "check this installation: versions, devices, compiler, known conflicts"),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unspool.engine.files import check_writable, replacing
 from unspool.log import notice_once
 
 if TYPE_CHECKING:
@@ -32,9 +31,12 @@ SHEET_TILE_PX = 128
 LABEL_STRIP_PX = 14
 
 
-def write_video(
-    path: str | Path, frames: Iterable[Frames], fps: float, *, metadata: Mapping[str, Any] | None = None
-) -> Path:
+Comment = Callable[[], "str | None"]
+Metadata = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+"""JSON data, or a function that gives it once the last frame is written (a hash of the frames, how long it took)."""
+
+
+def write_video(path: str | Path, frames: Iterable[Frames], fps: float, *, metadata: Metadata | None = None) -> Path:
     """Write chunks of frames to `path` as they arrive and return the path.
 
     `.mp4` H.264 yuv420p BT.709 (an odd height or width is padded by repeating the last row or column); `.gif`
@@ -45,12 +47,17 @@ def write_video(
     or metadata are unusable; later for frames of a wrong or changing shape, or none at all.
     """
     target = check_target(path)
-    comment = _to_json(metadata)
+    comment = _comment(metadata)
     rate = _rate(fps)
-    with _Replacement(target) as file:
-        WRITERS[target.suffix.lower()](file, _checked(frames), rate, comment)
-        if target.suffix.lower() == ".npy":
-            _write_sidecar(target, comment)
+    suffix = target.suffix.lower()
+    with replacing(target) as file:
+        if suffix == ".mp4" and callable(metadata):  # this format wants its tags before the first frame
+            _write_mp4(file, _checked(frames), rate, lambda: None)
+            _tag_mp4(file, comment())
+        else:
+            WRITERS[suffix](file, _checked(frames), rate, comment)
+        if suffix == ".npy":
+            _write_sidecar(target, comment())
     return target
 
 
@@ -62,17 +69,7 @@ def check_target(path: str | Path) -> Path:
     target = Path(path)
     if target.suffix.lower() not in WRITERS:
         raise ValueError(f"{target}: cannot write {target.suffix or 'a file without suffix'}; use {', '.join(WRITERS)}")
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder; give a file name in it")
-    if not target.parent.is_dir():
-        raise ValueError(f"{target}: the folder {target.parent} does not exist; create it first")
-    # Trying is the only test that also sees read-only file systems and full quotas.
-    probe = _beside(target)
-    try:
-        _create(probe)
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{target}: cannot write into {target.parent}: {error.strerror or error}") from error
+    check_writable(target)
     return target
 
 
@@ -136,40 +133,18 @@ def time_labels(indices: Iterable[int], fps: float) -> list[str]:
     return [f"#{index} {index / fps:.2f}s" for index in indices]
 
 
-class _Replacement:
-    """A hidden file beside `target` that takes its place when the with block succeeds and else disappears."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self._part = _beside(target)
-
-    def __enter__(self) -> Path:
-        _create(self._part)
-        return self._part
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self._part, self._target)
-        else:
-            self._part.unlink(missing_ok=True)
-
-
-def _beside(target: Path) -> Path:
-    return target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
-
-
-def _create(path: Path) -> None:
-    # Not tempfile: that makes files which only the owner may read, and the video would keep those rights.
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-
-
 def _sidecar(target: Path) -> Path:
     return target.with_name(target.name + ".json")
 
 
-def _to_json(metadata: Mapping[str, Any] | None) -> str | None:
-    if metadata is None:
-        return None
+def _comment(metadata: Metadata | None) -> Comment:
+    if callable(metadata):
+        return lambda: _to_json(metadata())
+    text = None if metadata is None else _to_json(metadata)
+    return lambda: text
+
+
+def _to_json(metadata: Mapping[str, Any]) -> str:
     try:
         return json.dumps(dict(metadata), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -207,7 +182,7 @@ def _checked_chunk(chunk: Frames, size: tuple[int, ...] | None) -> Frames:
     return chunk
 
 
-def _write_mp4(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: str | None) -> None:
+def _write_mp4(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: Comment) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
@@ -220,8 +195,9 @@ def _write_mp4(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: st
             "the last row or column repeated",
         )
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        if comment is not None:
-            container.metadata["comment"] = comment
+        text = comment()
+        if text is not None:
+            container.metadata["comment"] = text
         stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # Tagged, because players guess the matrix from the frame size and would shift the colours of small videos.
@@ -239,7 +215,25 @@ def _write_mp4(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: st
         container.mux(stream.encode())
 
 
-def _write_gif(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: str | None) -> None:
+def _tag_mp4(path: Path, comment: str | None) -> None:
+    """Put the comment tag into a finished file; its frames are copied, not encoded again."""
+    import av
+
+    with (
+        replacing(path) as tagged,
+        av.open(str(path)) as source,
+        av.open(str(tagged), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        if comment is not None:
+            container.metadata["comment"] = comment
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:  # the last packet is empty
+                packet.stream = stream
+                container.mux(packet)
+
+
+def _write_gif(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: Comment) -> None:
     from PIL import Image
 
     images = [Image.fromarray(frame) for chunk in chunks for frame in chunk]
@@ -253,11 +247,11 @@ def _write_gif(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: st
         append_images=images[1:],
         duration=durations_ms,
         loop=0,
-        comment=(comment or "").encode(),
+        comment=(comment() or "").encode(),
     )
 
 
-def _write_png(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: str | None) -> None:
+def _write_png(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: Comment) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     kept: list[tuple[int, NDArray[np.uint8]]] = []
@@ -270,14 +264,15 @@ def _write_png(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: st
     indices, tiles = zip(*kept, strict=True)
     frames = np.stack(tiles)
     info = PngInfo()
-    if comment is not None:
-        info.add_text("Comment", comment)
+    text = comment()
+    if text is not None:
+        info.add_text("Comment", text)
     scale = -(-SHEET_TILE_PX // frames.shape[2])
     sheet = contact_sheet(frames, scale=scale, labels=time_labels(indices, float(rate)))
     sheet.save(path, format="PNG", pnginfo=info)
 
 
-def _write_npy(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: str | None) -> None:
+def _write_npy(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: Comment) -> None:
     with open(path, "wb") as file:  # given a path, numpy would append .npy to it
         np.save(file, np.concatenate(list(chunks)), allow_pickle=False)
 
@@ -286,7 +281,7 @@ def _write_sidecar(target: Path, comment: str | None) -> None:
     if comment is None:
         _sidecar(target).unlink(missing_ok=True)  # that of a file which is being replaced
         return
-    with _Replacement(_sidecar(target)) as file:
+    with replacing(_sidecar(target)) as file:
         file.write_text(comment, encoding="utf-8")
 
 
@@ -307,7 +302,7 @@ def _read_comment(source: Path, suffix: str) -> str:
     return comment.decode() if isinstance(comment, bytes) else str(comment)
 
 
-Writer = Callable[[Path, Iterator[Frames], Fraction, "str | None"], None]
+Writer = Callable[[Path, Iterator[Frames], Fraction, Comment], None]
 
 WRITERS: dict[str, Writer] = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png, ".npy": _write_npy}
 """Suffix -> function that writes all chunks to a path."""

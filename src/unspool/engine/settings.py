@@ -1,0 +1,126 @@
+"""How a model is rolled out, as plain data: what `model.json` states, options change and a video's record keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from unspool.config import locate
+
+if TYPE_CHECKING:
+    from unspool.rollout.settings import RolloutConfig
+
+Window = int | Literal["full"]
+Commit = Literal["separate", "fused", "none"]
+SwitchPolicy = Literal["keep", "recache", "recache_bidirectional", "flush"]
+SinkPolicy = Literal["kept", "replaced", "recomputed"]
+
+GUIDANCE_CONVENTION = "uncond + scale * (cond - uncond); 1 is no guidance"
+"""What every guidance scale of this library means; written into model files so that no reader has to guess."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """All that decides a rollout besides network, prompts and noise; see `RolloutConfig`, which it becomes.
+
+    Fields: `chunk`, `first` latent frames per chunk and in chunk 0; `window` latent frames a chunk may read ("full":
+    all), `sink` of them always the first; `within` what a frame reads of its own chunk; `positions` a name of POSITIONS
+    with its `position_options`; `sigmas` of the schedule, `conditioning` what the network is told instead of them,
+    `first_sigmas` of chunk 0; `shift` that makes schedules of another length (None: the steps are fixed, as in a
+    distilled model); `solver` a name of SOLVERS; `switch_policy`, `sink_policy` what a prompt switch does by default.
+    """
+
+    chunk: int
+    window: Window
+    sink: int
+    sigmas: tuple[float, ...]
+    solver: str
+    shift: float | None
+    guidance_scale: float
+    sigma_commit: float
+    switch_policy: SwitchPolicy
+    sink_policy: SinkPolicy = "kept"
+    first: int | None = None
+    within: Literal["full", "causal"] = "full"
+    positions: str = "absolute"
+    position_options: dict[str, int] = field(default_factory=dict)
+    conditioning: tuple[float, ...] | None = None
+    first_sigmas: tuple[float, ...] | None = None
+    guidance_mode: Literal["batch", "two_caches"] = "batch"
+    guidance_convention: str = GUIDANCE_CONVENTION
+    commit: Commit = "separate"
+
+    def __post_init__(self) -> None:
+        if self.guidance_convention != GUIDANCE_CONVENTION:
+            raise ValueError(
+                f"guidance_convention={self.guidance_convention!r}: expected {GUIDANCE_CONVENTION!r}; convert the scale"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps per chunk."""
+        return len(self.sigmas) - 1
+
+    def changed(
+        self,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        window: Window | None = None,
+        sink: int | None = None,
+        switch_policy: SwitchPolicy | None = None,
+    ) -> RolloutSettings:
+        """A copy with what a caller asks for; None leaves a setting as it is.
+
+        Raises ValueError for a number of steps that the model cannot be run with.
+        """
+        changes: dict[str, Any] = {
+            "guidance_scale": guidance,
+            "window": window,
+            "sink": sink,
+            "switch_policy": switch_policy,
+        }
+        changed = replace(self, **{name: value for name, value in changes.items() if value is not None})
+        return changed if steps is None or steps == self.steps else changed._with_steps(steps)
+
+    def _with_steps(self, steps: int) -> RolloutSettings:
+        from unspool.diffusion.schedule import uniform
+
+        if self.shift is None:
+            raise ValueError(
+                f"steps={steps}: this model was distilled to {self.steps} fixed steps; leave steps out or use "
+                f"{self.steps}"
+            )
+        return replace(self, sigmas=uniform(steps, shift=self.shift).sigmas, conditioning=None, first_sigmas=None)
+
+    def config(self, *, whole: int | None = None) -> RolloutConfig:
+        """The configuration of an endless stream, or of one clip of `whole` latent frames that is made at once.
+
+        Raises ValueError for settings that do not fit together.
+        """
+        from unspool.causal.chunks import ChunkPlan
+        from unspool.causal.position import POSITIONS
+        from unspool.causal.visibility import Full
+        from unspool.causal.visibility import Window as Windowed
+        from unspool.diffusion.schedule import Schedule
+        from unspool.rollout.guidance import Guidance
+        from unspool.rollout.settings import RolloutConfig
+        from unspool.rollout.solvers import SOLVERS
+
+        plan = ChunkPlan(chunk=self.chunk, first=self.first)
+        windowed = self.window != "full" and whole is None
+        if whole is not None:
+            plan = ChunkPlan(chunk=whole, num_frames=whole)
+        return RolloutConfig(
+            plan=plan,
+            schedule=Schedule(self.sigmas, self.conditioning),
+            first_schedule=None if self.first_sigmas is None else Schedule(self.first_sigmas),
+            visibility=Windowed(window=int(self.window), sink=self.sink, within=self.within)
+            if windowed
+            else Full(within=self.within),
+            positions=locate(self.positions, POSITIONS)(**self.position_options),
+            solver=locate(self.solver, SOLVERS)(),
+            guidance=Guidance(self.guidance_scale, self.guidance_mode),
+            sigma_commit=self.sigma_commit,
+            commit="none" if whole is not None else self.commit,
+        )
