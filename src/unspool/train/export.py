@@ -1,0 +1,95 @@
+"""Weights out of a run's checkpoint: plain tensors, averaged or raw, as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unspool.train.checkpoint import Saved, check_files, fill, find, stored
+from unspool.train.parallel import World
+from unspool.weights.read import read_checkpoint
+from unspool.weights.write import save_file
+
+Which = Literal["ema", "raw"]
+_ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def read_weights(
+    path: str | os.PathLike[str], *, role: str = "student", which: Which | None = None
+) -> dict[str, Tensor]:
+    """The weights of a role by the names of its network, on the CPU, from a run, a checkpoint or a safetensors file.
+
+    `which` None takes the average where there is one. Raises FileNotFoundError, or ValueError where the run has no
+    checkpoint, no such role, or no average.
+    """
+    path = Path(path)
+    if path.is_file():
+        return dict(read_checkpoint(path, leading=frozenset()).tensors)
+    return _from_run(_found(path), role, which)
+
+
+def export_weights(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    role: str = "student",
+    which: Which | None = None,
+    prefix: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the weights of a role as one safetensors file; see `read_weights`.
+
+    `prefix` picks the tensors whose names begin with it ("backbone.") and removes it. The header tells the step, the
+    recipe and its configuration; `metadata` is added to it.
+    """
+    saved = _found(Path(run))
+    tensors = _from_run(saved, role, which)
+    chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if not chosen:
+        raise ValueError(f"prefix={prefix!r} fits none of {len(tensors)} tensors such as {next(iter(tensors))}")
+    header = {
+        "step": str(saved.step),
+        "recipe": str(saved.state.get("recipe", "")),
+        "recipe_config": json.dumps(saved.state["config"]),
+        "weights": which or ("ema" if _has_average(saved, role) else "raw"),
+        **{f"version_{name}": str(value) for name, value in saved.state.get("versions", {}).items()},
+    }
+    return save_file(chosen, out, metadata={**header, **(metadata or {})})
+
+
+def _found(path: Path) -> Saved:
+    saved = find(path)
+    if saved is None:
+        raise ValueError(f"{path} holds no checkpoint; expected the --out folder of a training")
+    check_files(saved, _ALONE)
+    return saved
+
+
+def _has_average(saved: Saved, role: str) -> bool:
+    return any(name.startswith(f"ema/{role}/") for name in stored(saved))
+
+
+def _from_run(saved: Saved, role: str, which: Which | None) -> dict[str, Tensor]:
+    there = stored(saved)
+    parts = {kind: [name for name in there if name.startswith(f"{kind}/{role}/")] for kind in ("model", "ema")}
+    if not parts["model"]:
+        roles = sorted({name.split("/")[1] for name in there if name.startswith("model/")})
+        raise ValueError(f"{saved.path} has no role {role!r}; it has {', '.join(roles)}")
+    if which == "ema" and not parts["ema"]:
+        raise ValueError(f"{saved.path} has no average of {role!r}; use which='raw'")
+    names = {name: f"model/{role}/{name}" for name in (_own(full) for full in parts["model"])}
+    if which != "raw":
+        names.update({_own(full): full for full in parts["ema"]})
+    tensors = {name: torch.empty(there[full][0], dtype=there[full][1]) for name, full in names.items()}
+    fill(saved, {full: tensors[name] for name, full in names.items()})
+    return tensors
+
+
+def _own(full: str) -> str:
+    return full.split("/", 2)[2]

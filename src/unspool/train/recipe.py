@@ -1,0 +1,94 @@
+"""A recipe: a complete named training. A function returns one; its docstring holds command, hardware and results."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from unspool.config import apply_overrides, locate
+from unspool.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from unspool.data.batch import Source
+    from unspool.methods.base import Method
+    from unspool.train.callbacks import Callback
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Base of all recipes: a configuration that knows how to build what it describes.
+
+    A subclass adds its own fields (plain data and nested frozen dataclasses, which `a.b=c` overrides reach) and writes
+    the three methods. `harmless` names dotted fields that may change when a run is resumed, beside the loop's own.
+    """
+
+    train: TrainConfig
+
+    harmless: ClassVar[tuple[str, ...]] = ()
+
+    def build_method(self, device: torch.device) -> Method:
+        """The objective with its networks on `device`, in fp32; the global generator was seeded before the call."""
+        raise NotImplementedError(f"{type(self).__name__} has no build_method")
+
+    def build_source(self) -> Source:
+        """Where the batches come from."""
+        raise NotImplementedError(f"{type(self).__name__} has no build_source")
+
+    def callbacks(self) -> Sequence[Callback]:
+        """What happens beside the steps: sample sheets, scores, exports."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """A recipe with the name it was asked for by and its description."""
+
+    name: str
+    recipe: Recipe
+    description: str
+
+
+def load_recipe(name: str, table: Mapping[str, str], overrides: Iterable[str] = ()) -> Named:
+    """The recipe behind a name of `table` or a user's own "module:function", with `a.b=c` applied.
+
+    Raises ValueError for an unknown name, for something that is no recipe, and for overrides that do not fit.
+    """
+    made = locate(name, table)
+    if not callable(made):
+        raise ValueError(f"{name!r}: got a {type(made).__name__}; expected a function that returns a Recipe")
+    _check_signature(name, made)
+    recipe = made()
+    if not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"{name!r}: got a {type(recipe).__name__} from it; expected a Recipe (unspool.train.recipe:Recipe)"
+        )
+    text = inspect.getdoc(made) or inspect.getdoc(type(recipe)) or ""
+    return Named(name=name, recipe=apply_overrides(recipe, overrides), description=text)
+
+
+def _check_signature(name: str, made: Any) -> None:
+    try:
+        inspect.signature(made).bind()
+    except TypeError as error:
+        raise ValueError(f"{name!r}: {error}; expected a function of no arguments that returns a Recipe") from None
+    except ValueError:  # no signature to look at
+        return
+
+
+def flat(config: object, prefix: str = "") -> dict[str, object]:
+    """Every leaf field of nested dataclasses, or of the plain data made of them, under its dotted key."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        from unspool.config import to_dict
+
+        config = to_dict(config)
+    if not isinstance(config, Mapping) or not config:
+        return {prefix: config}
+    found: dict[str, object] = {}
+    for key, value in config.items():
+        found.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return found
