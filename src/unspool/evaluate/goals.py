@@ -1,0 +1,99 @@
+"""What a stage model has to reach, as data: each goal with the number that was measured, or "not measured"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from unspool.evaluate.stage import CODEC, STUDENT, TEACHER, TRUTH
+from unspool.evaluate.stats import Interval
+from unspool.evaluate.tables import ALL, Group, Summary
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`value` must lie within [low, high]; None: not measured."""
+
+    what: str
+    value: Interval | None
+    low: float = -math.inf
+    high: float = math.inf
+    unit: str = ""
+
+    @property
+    def is_met(self) -> bool | None:
+        """By the estimate itself; its interval stands beside it. None where there is none."""
+        if self.value is None or math.isnan(self.value.value):
+            return None
+        return self.low <= self.value.value <= self.high
+
+    @property
+    def bound(self) -> str:
+        low, high = f"{self.low:g}", f"{self.high:g}"
+        if math.isinf(self.high):
+            return f">= {low}{self.unit}"
+        return f"<= {high}{self.unit}" if math.isinf(self.low) else f"{low} to {high}{self.unit}"
+
+
+ONE, TWO = "1", "2"
+TEACHER_SHARES = {(ONE, "adherence"): 0.97, (ONE, "strict"): 0.90, (TWO, "adherence"): 0.95, (TWO, "strict"): 0.80}
+NAMES = {"adherence": "mean attribute adherence", "strict": "all attributes right"}
+
+
+def goals(summary: Summary) -> list[Goal]:
+    """Every goal of the stage model, in the order of the table."""
+    return [*_codec(summary), *_teacher(summary), *_student(summary), *_switches(summary), *_held_out(summary)]
+
+
+def _codec(summary: Summary) -> Iterator[Goal]:
+    copy, truth = _clips(summary, CODEC, ALL), _clips(summary, TRUTH, ALL)
+    yield Goal("codec round trip, PSNR", copy.get("copy_psnr"), low=34, unit=" dB")
+    yield Goal("codec round trip, PSNR of sprite pixels", copy.get("copy_sprite_psnr"), low=28, unit=" dB")
+    lost = None
+    if "adherence" in copy and "adherence" in truth:
+        a, b = copy["adherence"], truth["adherence"]
+        lost = Interval(b.value - a.value, math.nan, math.nan, a.n)
+    yield Goal("codec round trip, adherence below truth", lost, low=-0.01, high=0.01)
+
+
+def _teacher(summary: Summary) -> Iterator[Goal]:
+    for (group, metric), low in TEACHER_SHARES.items():
+        value = _clips(summary, TEACHER, group).get(f"{metric}_share")
+        yield Goal(f"teacher, {NAMES[metric]}, {_sprites(group)} (share of truth)", value, low=low)
+
+
+def _student(summary: Summary) -> Iterator[Goal]:
+    for group in (ONE, TWO):
+        for metric in ("adherence", "strict"):
+            value = summary.student_minus_teacher.get(group, {}).get(f"{metric}_share")
+            yield Goal(f"student minus teacher, {NAMES[metric]}, {_sprites(group)}", value, low=-0.03)
+    own = _clips(summary, STUDENT, ALL)
+    yield Goal("student, permanence", own.get("permanence"), low=0.97)
+    true = _clips(summary, TRUTH, ALL).get("boundary_step")
+    beside = "" if true is None or math.isnan(true.value) else f" (truth: {true.value:.2f})"
+    yield Goal(f"student, boundary step over steps elsewhere{beside}", own.get("boundary_step"), low=0.85, high=1.15)
+    yield Goal("student, motion over truth", own.get("motion_over_truth"), low=0.9, high=1.1)
+
+
+def _switches(summary: Summary) -> Iterator[Goal]:
+    for kind, rows in summary.switches.items() or [(ALL, {})]:
+        group = rows.get(STUDENT, {})
+        yield Goal(f"prompt switch ({kind}), p50", group.get("p50"), high=0.8, unit=" s")
+        yield Goal(f"prompt switch ({kind}), p90", group.get("p90"), high=1.5, unit=" s")
+        yield Goal(f"prompt switch ({kind}), untouched things still right", group.get("untouched"), low=0.95)
+
+
+def _held_out(summary: Summary) -> Iterator[Goal]:
+    for name in (TEACHER, STUDENT):
+        for metric in ("adherence", "strict"):
+            value = summary.seen_minus_held_out.get(name, {}).get(ALL, {}).get(f"{metric}_share")
+            yield Goal(f"{name}, seen minus held-out compositions, {NAMES[metric]}", value, high=0.10)
+
+
+def _clips(summary: Summary, row: str, group: str) -> Group:
+    return summary.clips.get("test", {}).get(row, {}).get(group, {})
+
+
+def _sprites(group: str) -> str:
+    return f"{group} sprite{'s' * (group != ONE)}"

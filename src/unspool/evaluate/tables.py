@@ -1,0 +1,229 @@
+"""From measurements to numbers with intervals: by row, by number of sprites, as a share of the truth row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unspool.data.worlds.scorer import SCORES
+from unspool.evaluate import stats
+from unspool.evaluate.stage import STUDENT, TEACHER, TRUTH, Row, Rows
+from unspool.evaluate.stats import Interval
+
+F64 = NDArray[np.float64]
+Group = dict[str, Interval]
+"""Metric -> estimate."""
+
+ALL = "all"
+SHARES = ("adherence", "strict")
+"""Metrics that are also given as a share of the truth row ("<metric>_share")."""
+COPIED = ("copy_psnr", "copy_sprite_psnr")
+
+
+@dataclass
+class Summary:
+    """The tables: split -> row -> number of sprites ("all", "1"...) -> metric -> estimate, and beside them
+    `student_minus_teacher` and `seen_minus_held_out` (row -> ...), in shares of the truth row."""
+
+    clips: dict[str, dict[str, dict[str, Group]]] = field(default_factory=dict)
+    student_minus_teacher: dict[str, Group] = field(default_factory=dict)
+    seen_minus_held_out: dict[str, dict[str, Group]] = field(default_factory=dict)
+    switches: dict[str, dict[str, Group]] = field(default_factory=dict)
+    streams: dict[str, list[Group]] = field(default_factory=dict)
+    lasting: dict[str, Group] = field(default_factory=dict)
+    """Streams, by row: seconds until a segment is not strictly right, and what the last segment lost."""
+
+
+def column(row: Row, name: str) -> F64:
+    """One metric of every clip; NaN where it was not measured."""
+    return np.array([values.get(name, math.nan) for values in row.values], np.float64)
+
+
+def groups_of(row: Row) -> list[tuple[str, NDArray[np.bool_]]]:
+    """All clips, and those of each number of sprites."""
+    sprites = np.array(row.sprites)
+    return [(ALL, np.ones(len(sprites), bool)), *((str(n), sprites == n) for n in sorted(set(row.sprites)))]
+
+
+def aligned(truth: Row, row: Row, name: str) -> F64:
+    """A metric of the truth for the prompt of every clip of `row`."""
+    known = dict(zip(truth.clusters, column(truth, name).tolist(), strict=True))
+    return np.array([known.get(cluster, math.nan) for cluster in row.clusters], np.float64)
+
+
+def clip_table(rows: Rows, resamples: int) -> dict[str, dict[str, Group]]:
+    """Row -> group -> metric -> estimate of clips under one prompt."""
+    return {
+        name: {group: _clip_group(row, rows[TRUTH], mask, resamples) for group, mask in groups_of(row)}
+        for name, row in rows.items()
+    }
+
+
+def _clip_group(row: Row, truth: Row, mask: NDArray[np.bool_], resamples: int) -> Group:
+    clusters = np.array(row.clusters)[mask]
+    over = partial(stats.ratio, clusters=clusters, resamples=resamples)
+    out: Group = {}
+    for name in (*SCORES, *COPIED):
+        values = column(row, name)[mask]
+        if not np.isnan(values).all():
+            out[name] = stats.mean(values, clusters, resamples=resamples)
+    strict = column(row, "strict")[mask]
+    if len(set(clusters.tolist())) == len(clusters):  # independent trials: an interval that is honest at 0 and 1
+        judged = strict[~np.isnan(strict)]
+        out["strict"] = stats.wilson(int(judged.sum()), len(judged))
+    for name in SHARES:
+        out[f"{name}_share"] = over(column(row, name)[mask], aligned(truth, row, name)[mask])
+    out["motion_over_truth"] = over(column(row, "speed")[mask], aligned(truth, row, "speed")[mask])
+    out["boundary_step"] = over(column(row, "step_boundary")[mask], column(row, "step_elsewhere")[mask])
+    return out
+
+
+def compare_student(rows: Rows, resamples: int) -> dict[str, Group]:
+    """Group -> student minus teacher, paired by clip, in shares of the truth row."""
+    if TEACHER not in rows or STUDENT not in rows:
+        return {}
+    student, teacher, truth = rows[STUDENT], rows[TEACHER], rows[TRUTH]
+    out: dict[str, Group] = {}
+    for group, mask in groups_of(student):
+        clusters = np.array(student.clusters)[mask]
+        out[group] = {}
+        for name in SHARES:
+            ceiling = aligned(truth, student, name)[mask]
+            a, b = (column(row, name)[mask] for row in (student, teacher))
+            out[group][f"{name}_share"] = stats.share_difference(
+                (a, ceiling), (b, ceiling), clusters, resamples=resamples
+            )
+    return out
+
+
+def compare_splits(seen: Rows, held_out: Rows, resamples: int) -> dict[str, dict[str, Group]]:
+    """Row -> group -> seen minus held-out compositions, in shares of their truth rows."""
+    out: dict[str, dict[str, Group]] = {}
+    for name in (TEACHER, STUDENT):
+        if name not in seen or name not in held_out:
+            continue
+        second = dict(groups_of(held_out[name]))
+        for group, mask in groups_of(seen[name]):
+            if group in second:
+                out.setdefault(name, {})[group] = {
+                    f"{metric}_share": stats.independent_difference(
+                        _share(seen, name, metric, mask), _share(held_out, name, metric, second[group]),
+                        resamples=resamples,
+                    )
+                    for metric in SHARES
+                }  # fmt: skip
+    return out
+
+
+def _share(rows: Rows, name: str, metric: str, mask: NDArray[np.bool_]) -> tuple[F64, F64, NDArray[np.int64]]:
+    row = rows[name]
+    return column(row, metric)[mask], aligned(rows[TRUTH], row, metric)[mask], np.array(row.clusters)[mask]
+
+
+# ---- switches ------------------------------------------------------------------------------------------------------
+
+
+def switch_table(kinds: dict[str, Rows], phases: Sequence[float], resamples: int) -> dict[str, dict[str, Group]]:
+    """Kind of event ("all" first) -> row -> metric -> estimate. `phases`: waits for the chunk boundary in seconds.
+
+    Scenes in which the truth does not visibly change (it held before, or the scorer never sees it) are left out of both
+    rows; `n` says how many stay.
+    """
+    visible = {kind: _visible(rows) for kind, rows in kinds.items()}
+    joined = {name: Row() for name in (TRUTH, STUDENT)}
+    for number, rows in enumerate(visible.values()):
+        for name, row in rows.items():
+            joined[name].clusters += [number * 1_000_000 + c for c in row.clusters]
+            joined[name].sprites += row.sprites
+            joined[name].values += row.values
+    out: dict[str, dict[str, Group]] = {}
+    for kind, rows in {ALL: joined, **visible}.items():
+        truth = rows[TRUTH]
+        out[kind] = {TRUTH: _switch_group(truth, truth, [0.0], resamples)}
+        out[kind][STUDENT] = _switch_group(rows[STUDENT], truth, phases, resamples)
+    return out
+
+
+def _visible(rows: Rows) -> Rows:
+    truth = rows[TRUTH]
+    seen = (column(truth, "before") == 0) & np.isfinite(column(truth, "delay"))
+    keep = np.flatnonzero(seen)
+    return {
+        name: Row([row.clusters[k] for k in keep], [row.sprites[k] for k in keep], [row.values[k] for k in keep])
+        for name, row in rows.items()
+    }
+
+
+def _switch_group(row: Row, truth: Row, phases: Sequence[float], resamples: int) -> Group:
+    clusters, wait = np.repeat(row.clusters, len(phases)), np.tile(phases, len(row.clusters))
+    delay = np.repeat(column(row, "delay"), len(phases)) + wait
+    own = delay - np.repeat(column(truth, "delay"), len(phases))
+    at = partial(stats.quantile, clusters=clusters, resamples=resamples)
+    average = partial(stats.mean, clusters=row.clusters, resamples=resamples)
+    never = np.isinf(column(row, "delay"))
+    return {
+        "p50": at(delay, share=0.5),
+        "p90": at(delay, share=0.9),
+        "p50_minus_truth": at(own, share=0.5),
+        "p90_minus_truth": at(own, share=0.9),
+        "never": stats.wilson(int(never.sum()), len(never)),
+        "before": average(column(row, "before")),
+        "untouched": average(column(row, "untouched")),
+        "untouched_all": average(column(row, "untouched_all")),
+    }
+
+
+# ---- streams -------------------------------------------------------------------------------------------------------
+
+
+def stream_table(rows: Rows, resamples: int) -> dict[str, list[Group]]:
+    """Row -> segments in order -> metric -> estimate."""
+    out: dict[str, list[Group]] = {}
+    for name, row in rows.items():
+        out[name] = []
+        for k in range(num_segments(row)):
+            group: Group = {}
+            for score in SCORES:
+                values = column(row, f"{score}.{k}")
+                if not np.isnan(values).all():
+                    group[score] = stats.mean(values, row.clusters, resamples=resamples)
+            speed, true_speed = column(row, f"speed.{k}"), aligned(rows[TRUTH], row, f"speed.{k}")
+            group["motion_over_truth"] = stats.ratio(speed, true_speed, row.clusters, resamples=resamples)
+            group["boundary_step"] = stats.ratio(
+                column(row, f"step_boundary.{k}"), column(row, f"step_elsewhere.{k}"), row.clusters,
+                resamples=resamples,
+            )  # fmt: skip
+            out[name].append(group)
+    return out
+
+
+def lasting_table(rows: Rows, segment_s: float, resamples: int) -> dict[str, Group]:
+    """Row -> how long streams stay strictly right (Kaplan-Meier: those that never fail are censored at their end), and
+    last minus first segment of adherence and manifold PSNR."""
+    out: dict[str, Group] = {}
+    for name, row in rows.items():
+        count = num_segments(row)
+        strict = np.stack([column(row, f"strict.{k}") for k in range(count)], 1)
+        failed = strict == 0
+        ends = np.where(failed.any(1), failed.argmax(1) * segment_s, count * segment_s)
+        life = stats.kaplan_meier(ends.tolist(), failed.any(1).tolist())
+        out[name] = {
+            "right_for_s_p50": Interval(life.quantile(0.5), math.nan, math.nan, len(ends)),
+            "never_failed": stats.wilson(int((~failed.any(1)).sum()), len(ends)),
+        }
+        for score in ("adherence", "psnr"):
+            last, first = column(row, f"{score}.{count - 1}"), column(row, f"{score}.0")
+            out[name][f"{score}_last_minus_first"] = stats.paired_difference(
+                last, first, row.clusters, resamples=resamples
+            )
+    return out
+
+
+def num_segments(row: Row) -> int:
+    """Segments of the streams of a row."""
+    return 1 + max((int(name.rpartition(".")[2]) for name in row.values[0]), default=-1)
