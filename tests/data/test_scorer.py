@@ -289,7 +289,7 @@ def test_a_sky_that_fades_is_no_sky_in_the_middle_and_each_at_its_end() -> None:
     stage = Stage(StageConfig(event_kinds=("sky",)))
     scene = next(s for s in (stage.scene("test", i, events=1) for i in range(20)) if s.events)
     time = scene.events[0].time
-    frames = scene.render(time + np.array([-0.1, 0.5, 1.1]), 64)
+    frames = scene.render(time + np.array([-0.1, 0.25, 0.6]), 64)
     found = find_skies(to_float(frames))
     assert found.sky.tolist() == [scene.sky(0), -1, scene.sky(time)]
     assert found.weights[1].max() < 0.6 and np.allclose(found.weights.sum(1), 1)

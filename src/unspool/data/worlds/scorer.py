@@ -39,7 +39,7 @@ class Settle:
     shape: float = 0.35
     motion: float = 0.6
     size: float = 0.4
-    sky: float = 1.1
+    sky: float = 0.6
 
     @classmethod
     def after(cls, delay_s: float) -> Settle:

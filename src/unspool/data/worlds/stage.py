@@ -28,7 +28,7 @@ MORPH_S = 0.25
 """Seconds that a new colour or shape takes."""
 GROW_S = 0.3
 """Seconds in which a sprite grows in or shrinks away."""
-SKY_FADE_S = 1.0
+SKY_FADE_S = 0.5
 _TRIES = 24
 MOST_CROWDED = 0.12  # largest share of a clip in which sprites may cover each other
 
