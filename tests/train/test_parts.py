@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import Net, ToyRecipe, recipe, train
 from torch import nn
+from toy import Net, ToyRecipe, recipe, train
 
 from unspool.cli.main import COMMANDS, main
 from unspool.config import from_dict, to_dict
@@ -130,7 +130,9 @@ def test_a_joint_step_is_the_two_steps_of_torch() -> None:
     muon = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
     adamw = {"lr": 0.005, "betas": (0.9, 0.95), "eps": 1e-8}
     assert torch.equal(after["mix.weight"], alone("mix.weight", (8, 24), torch.optim.Muon, **muon))
-    assert torch.equal(after["blocks.0.inner.weight"], alone("blocks.0.inner.weight", (16, 8), torch.optim.Muon, **muon))
+    assert torch.equal(
+        after["blocks.0.inner.weight"], alone("blocks.0.inner.weight", (16, 8), torch.optim.Muon, **muon)
+    )
     head = alone("head.weight", (6, 8), torch.optim.AdamW, **adamw, weight_decay=0.1)
     torch.testing.assert_close(after["head.weight"], head)
     words = alone("words.weight", (4, 8), torch.optim.AdamW, **adamw, weight_decay=0.0)

@@ -131,9 +131,15 @@ class ToyRecipe(Recipe):
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=12, batch=4, optim=OptimConfig(lr=1e-2), ema=EmaConfig(decay=0.9), dtype="fp32", device="cpu",
-            log_every=1, save_minutes=0.0,
-        )  # fmt: skip
+            steps=12,
+            batch=4,
+            optim=OptimConfig(lr=1e-2),
+            ema=EmaConfig(decay=0.9),
+            dtype="fp32",
+            device="cpu",
+            log_every=1,
+            save_minutes=0.0,
+        )
     )
     sizes: Sizes = field(default_factory=Sizes)
     critic: bool = False
