@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle import PROTOCOL, SMALL, Oracle, save
+from perfect_model import PROTOCOL, SMALL, Oracle, save
 from PIL import Image
 
 from unspool.cli.main import main

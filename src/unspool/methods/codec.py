@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from unspool.data.batch import Batch
 from unspool.methods.base import StepResult
 from unspool.methods.common import check_share, chosen, student_only
+from unspool.methods.draws import normal, uniform
 from unspool.models.taehv import Taehv
 from unspool.ops.transfer import to_device
 
@@ -125,8 +126,9 @@ class CodecTraining:
             raise ValueError(f"crop_px={side} of clips of {height}x{width} px; expected at most the smaller side")
         # a little everywhere: also what no focus is on must be seen
         chance = focus.mean(dim=(1, 2)).flatten(1).double().cpu() + 1e-3
-        centre = torch.multinomial(chance, 1, generator=rng)[:, 0]
-        inside = torch.randint(side, (2, batch), generator=rng)
+        mass = chance.cumsum(1)
+        centre = torch.searchsorted(mass, uniform((batch, 1), rng) * mass[:, -1:])[:, 0].clamp(max=chance.shape[1] - 1)
+        inside = (uniform((batch, 2), rng) * side).long().T
         corners = zip(
             _grid(centre // width - inside[0], height - side), _grid(centre % width - inside[1], width - side),
             strict=True,
@@ -138,8 +140,8 @@ class CodecTraining:
         batch, frames, _, height, width = pixels.shape
         cell = self.codec.spatial
         size = (-(-frames // self.codec.temporal), self.codec.latent_channels, height // cell, width // cell)
-        level = self.config.noise * torch.rand(batch, 1, 1, 1, 1, generator=rng)
-        noise = level * torch.randn(batch, *size, generator=rng)
+        level = self.config.noise * uniform((batch, 1, 1, 1, 1), rng, torch.float32)
+        noise = level * normal((batch, *size), rng)
         return to_device(noise.to(pixels.dtype), pixels.device) if self.config.noise else None
 
 

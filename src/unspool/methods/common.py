@@ -19,6 +19,7 @@ from unspool.data.batch import Batch
 from unspool.diffusion.flow import FlowMatching
 from unspool.diffusion.schedule import bell_weight, shift_sigma
 from unspool.methods.base import StepResult
+from unspool.methods.draws import normal, uniform
 from unspool.models.base import Conditioning, Text
 from unspool.ops.transfer import to_device
 
@@ -57,10 +58,10 @@ class SigmaLaw:
     def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         """Sigmas of `shape`, float64 on the CPU."""
         if self.law == "uniform":
-            level = torch.rand(shape, generator=rng, dtype=torch.float64)
+            level = uniform(shape, rng)
         else:
             assert self.mean is not None and self.std is not None
-            level = torch.sigmoid(self.mean + self.std * torch.randn(shape, generator=rng, dtype=torch.float64))
+            level = torch.sigmoid(self.mean + self.std * normal(shape, rng, torch.float64))
         return shift_sigma(level, self.shift)
 
     def weigh(self, sigma: Tensor, weight: Weight) -> Tensor:
@@ -82,12 +83,13 @@ def check_share(name: str, value: float) -> None:
 
 def chosen(shape: tuple[int, ...], share: float, rng: torch.Generator) -> Tensor:
     """Independent draws that are True with probability `share`; always consumes the same random numbers."""
-    return torch.rand(shape, generator=rng, dtype=torch.float64) < share
+    draw = uniform(shape, rng) if shape else torch.rand((), generator=rng, dtype=torch.float64)  # one for the batch
+    return draw < share
 
 
 def noise_like(latents: Tensor, rng: torch.Generator) -> Tensor:
     """Standard normal noise, drawn on the CPU, on the device and in the dtype of `latents`."""
-    return to_device(torch.randn(latents.shape, generator=rng, dtype=latents.dtype), latents.device)
+    return to_device(normal(latents.shape, rng, latents.dtype), latents.device)
 
 
 def clean_latents(batch: Batch) -> Tensor:

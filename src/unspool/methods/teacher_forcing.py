@@ -31,6 +31,7 @@ from unspool.methods.common import (
     velocity_loss,
 )
 from unspool.methods.diffusion_forcing import chunk_numbers
+from unspool.methods.draws import uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ class TeacherForcing:
         shape = (size, int(chunk_of[-1]) + 1) if noise.per == "chunk" else (size, 1)
         which = chunk_of if noise.per == "chunk" else torch.zeros_like(chunk_of)
         noised = chosen(shape, noise.share, rng)[:, which]
-        level = noise.max_sigma * torch.rand(shape, generator=rng, dtype=torch.float64)[:, which]
+        level = noise.max_sigma * uniform(shape, rng)[:, which]
         clean = torch.full_like(level, self.config.sigma_commit).to(x0.dtype)
         if not noise.share:
             return x0, clean

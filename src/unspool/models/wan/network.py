@@ -78,6 +78,10 @@ class WanTransformer(nn.Module):
     def sites(self) -> list[Site]:
         return [block.site for block in self.blocks]  # type: ignore[misc]
 
+    def fsdp_units(self) -> list[Any]:
+        """What is sharded together: each block, and apart from it what `prepare` calls outside the block's forward."""
+        return [unit for b in self.blocks for unit in ([b.cross_attn.kv, b.cross_attn.norm_k], b)]  # type: ignore[union-attr]
+
     @property
     def latent_channels(self) -> int:
         return self.config.in_channels
