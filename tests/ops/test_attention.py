@@ -55,6 +55,30 @@ def test_sdpa_is_softmax_attention(b: int, n: int, m: int, heads: int, d: int, m
     torch.testing.assert_close(sdpa(q, k, v, mask), plain(q, k, v, mask), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 7), (40, 1100), (1030, 1020)], ids=["one", "few", "slices", "flash"])
+def test_training_on_a_cpu_has_the_values_and_gradients_of_the_fused_kernel(n: int, m: int) -> None:
+    q, k, v = tokens(1, 2, n, m, 2, 4)
+    fused = sdpa(q, k, v)
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = sdpa(q, k, v)
+    torch.testing.assert_close(out, fused, rtol=0, atol=1e-6)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+    found = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    dense = torch.ones(n, m, dtype=torch.bool)  # under a mask the fused kernel is taken
+    expected = torch.autograd.grad((sdpa(q, k, v, dense) * weight).sum(), (q, k, v))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_under_autocast_training_attends_in_its_dtype() -> None:
+    q, k, v = (x.float().requires_grad_() for x in tokens(3, 1, 6, 9, 2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, fused = sdpa(q, k, v), sdpa(q, k, v, torch.ones(6, 9, dtype=torch.bool))
+    assert out.dtype == fused.dtype == torch.bfloat16
+    torch.testing.assert_close(out, fused, rtol=0, atol=0.03)
+
+
 def test_the_order_of_keys_does_not_matter() -> None:
     """Why a cache may read its slots as they lie."""
     q, k, v = tokens(0, 2, 5, 9, 2, 4)

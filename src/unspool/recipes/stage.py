@@ -63,9 +63,9 @@ def teacher_64() -> TeacherRecipe:
     return TeacherRecipe(
         network=_network(dim=256, layers=8, heads=4),
         text="runs/stage-64/text.safetensors", data="runs/stage-64/latents",
-        short=ShortClips(legs=((3, 4000), (9, 3000))),
+        short=ShortClips(legs=((3, 1500), (9, 2600))),
         method=FlowMatchingConfig(sigma=towards_noise(), weight="none", drop_text=0.1),
-        train=_train(steps=14_000, batch=32, lr=2e-3, decay=0.999, curve="wsd", compile=True),
+        train=_train(steps=6200, batch=32, lr=1.5e-3, muon_lr=5e-3, decay=0.999, curve="wsd", compile=True),
     )  # fmt: skip
 
 
@@ -119,13 +119,14 @@ def student_128() -> StudentRecipe:
 
 
 def _train(
-    *, steps: int, batch: int, lr: float, decay: float, curve: LrSchedule, compile: bool = False, keep_adamw: Names = ()
-) -> TrainConfig:
+    *, steps: int, batch: int, lr: float, decay: float, curve: LrSchedule, muon_lr: float | None = None,
+    compile: bool = False, keep_adamw: Names = (),
+) -> TrainConfig:  # fmt: skip
     return TrainConfig(
         steps=steps, batch=batch, compile=compile, log_every=50, save_minutes=10.0, ema=EmaConfig(decay=decay),
         optim=OptimConfig(
-            kind="muon+adamw", lr=lr, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=200, schedule=curve,
-            final=0.02, decay_share=0.35, adamw_names=(*OptimConfig(lr=lr).adamw_names, *keep_adamw),
+            kind="muon+adamw", lr=lr, muon_lr=muon_lr, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=200,
+            schedule=curve, final=0.02, decay_share=0.35, adamw_names=(*OptimConfig(lr=lr).adamw_names, *keep_adamw),
         ),
     )  # fmt: skip
 
