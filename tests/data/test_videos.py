@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -283,6 +284,18 @@ def test_short_videos_are_counted_or_filled(folder: Path) -> None:
     assert frame_numbers(held.clips([0]).pixels[0]) == [0, 1, 2, 3, 4] + [5] * 8
     with pytest.raises(ValueError, match=r"5 captioned videos and none of use.*5 too short"):
         VideoFolder(config(folder, num_frames=81))
+
+
+def test_videos_kept_in_memory_give_the_same_clips(folder: Path) -> None:
+    config = VideoFolderConfig(
+        path=str(folder), height_px=16, width_px=16, num_frames=5, mode="random", captions="none"
+    )
+    plain, kept = VideoFolder(config), VideoFolder(replace(config, in_memory=True))
+    for step in (0, 3):
+        a, b = plain.batch(step, 4), kept.batch(step, 4)
+        assert a.pixels is not None and b.pixels is not None and a.captions == b.captions
+        torch.testing.assert_close(a.pixels, b.pixels, rtol=0, atol=1 / 255)
+    assert plain.describe() == kept.describe()
 
 
 def test_the_tail_is_never_trained_on(folder: Path) -> None:

@@ -59,11 +59,16 @@ def run(args: Args) -> int:
 
 def _train(named: Named, args: Args) -> int:
     from unspool.train.loop import Trainer
+    from unspool.train.recipe import LegOver
 
     out = args.out or Path("runs") / re.sub(r"[^\w.-]+", "-", named.name)
-    trainer = Trainer(
-        named.recipe, out, name=named.name, resume=args.resume, init_from=args.init_from, show=not args.quiet
-    )
+    try:
+        trainer = Trainer(
+            named.recipe, out, name=named.name, resume=args.resume, init_from=args.init_from, show=not args.quiet
+        )
+    except LegOver as over:
+        print(f"run         {out}\nended       {over}\ncontinue    run the same command again")
+        return 0
     try:
         start = trainer.step
         outcome = trainer.run()

@@ -41,7 +41,8 @@ class VideoFolderConfig:
     start, or its last frame held; `fit`, `filter` see `Picture`; `captions` see `captions_io` ("none": empty captions);
     `name_pattern`, `caption_pattern` make captions of file names; `tail` share at the end of each video that the split
     "train" never sees; a clip of the split "tail" lies in it, or begins at most `tail_context` frames before it;
-    `workers` threads that decode (0: the caller's).
+    `in_memory` keeps every video at this size and rate once it was read (12 kB a frame at 64 px), for folders of few
+    videos that are seen often; `workers` threads that decode (0: the caller's).
 
     Raises ValueError for values that describe no clip.
     """
@@ -67,6 +68,7 @@ class VideoFolderConfig:
     tail_context: int = 0
     shuffle: bool = True
     seed: int = 0
+    in_memory: bool = False
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -131,6 +133,7 @@ class VideoFolder:
                 f"{self._folder}: got {len(videos)} captioned videos and none of use; {self.report.summary()}"
             )
         self._order = EpochOrder(len(self), config.seed, shuffle=config.shuffle)
+        self._kept: dict[Path, Tensor] = {}  # whole videos as uint8 [n, 3, y, x]
         get_logger(__name__).info("%s: %s", self._folder.name, self.captions_from)
         if self.report:
             get_logger(__name__).warning("%s: %s", self._folder.name, self.report.summary())
@@ -146,6 +149,10 @@ class VideoFolder:
     def clip(self, index: int) -> Clip:
         """What clip `index` is."""
         return self._clips[index]
+
+    def frames_of(self, clip: Clip) -> Tensor:
+        """All frames of a clip's split of its video, float32 [n, 3, y, x]. Raises ValueError for a broken file."""
+        return self._frames(clip.video, range(clip.first, clip.end))
 
     def name_of(self, entry: int) -> str:
         """File and first frame of an entry of the first epoch: `a.mkv@16`."""
@@ -168,7 +175,9 @@ class VideoFolder:
         for clip in self._clips:
             size = clip.video.path.stat().st_size
             digest.update(f"{clip.name}\0{size}\0{clip.start}\0{clip.caption}\n".encode())
-        kept = {name: value for name, value in asdict(self.config).items() if name not in ("path", "workers")}
+        kept = {
+            name: value for name, value in asdict(self.config).items() if name not in ("path", "workers", "in_memory")
+        }
         return {"source": "videos", "folder": self._folder.name, **kept, "sha256": digest.hexdigest()}
 
     def start_of(self, index: int, epoch: int = 0, repeat: int = 0) -> int:
@@ -249,10 +258,18 @@ class VideoFolder:
                 number = clip.end - 1 if self.config.short == "hold" else clip.first + (number - clip.first) % length
             numbers.append(number)
         try:
-            return read_frames(clip.video, numbers, self.config.fps, self._picture), clip.caption, index
+            return self._frames(clip.video, numbers), clip.caption, index
         except (ValueError, OSError) as error:
             self.report.add(clip.name, "broken", _one_line(error))
             return None
+
+    def _frames(self, video: VideoInfo, numbers: Sequence[int]) -> Tensor:
+        if not self.config.in_memory:
+            return read_frames(video, numbers, self.config.fps, self._picture)
+        if video.path not in self._kept:
+            whole = read_frames(video, range(video.num_frames(self.config.fps)), self.config.fps, self._picture)
+            self._kept[video.path] = whole.add(1).mul(127.5).round().to(torch.uint8)
+        return self._kept[video.path][list(numbers)].float().div(127.5).sub(1)
 
     def _join(self, found: Sequence[tuple[Tensor, str, int]]) -> Batch:
         if not found:

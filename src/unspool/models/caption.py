@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -134,6 +134,16 @@ class CaptionEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, mask)
         return upcast(self.out(self.norm(x))).masked_fill(~used[..., None], 0.0)
+
+    def knowing(self, captions: Iterable[str]) -> CaptionEncoder:
+        """A copy that also knows the words of these captions; their rows of the table are new, all else is kept."""
+        added = self.vocabulary.missing(captions)
+        device, words = self.positions.device, (*self.config.words, *dict.fromkeys(added))
+        encoder = CaptionEncoder(replace(self.config, words=words)).to(device, self.positions.dtype)
+        kept = self.state_dict()
+        kept["words.weight"] = torch.cat([kept["words.weight"], encoder.words.weight[len(kept["words.weight"]) :]])
+        encoder.load_state_dict(kept)
+        return encoder
 
     # ---- files -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ Nothing that a user can type is an error: what cannot be read is dropped and rep
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -67,6 +67,12 @@ class Vocabulary:
             if form in self.index:
                 return self.index[form]
         return self._nearest(_stem(word))
+
+    def missing(self, captions: Iterable[str]) -> tuple[str, ...]:
+        """Words of captions that are not known as they stand or with another ending, once each, in order: what is
+        to be added for these captions to be told apart."""
+        words = dict.fromkeys(word for caption in captions for word in split(caption))
+        return tuple(_stem(w) for w in words if not any(form in self.index for form in _forms(w)))
 
     def _nearest(self, word: str) -> int | None:
         """The known word at the least distance within `allowance`, of several the most frequent."""

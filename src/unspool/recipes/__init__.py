@@ -10,5 +10,6 @@ RECIPES: dict[str, str] = {
     "stage-128-codec": "unspool.recipes.stage:codec_128",
     "stage-128-teacher": "unspool.recipes.stage:teacher_128",
     "stage-128-student": "unspool.recipes.stage:student_128",
+    "finetune-video": "unspool.recipes.finetune_video:finetune_video",
 }
 """Name -> "module:function"."""

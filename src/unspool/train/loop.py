@@ -71,13 +71,14 @@ class Trainer:
         show: bool = True,
         world: World | None = None,
     ) -> None:
-        self.recipe, self.out, self.name = recipe, Path(out), name
+        self.out, self.name = Path(out), name
+        saved = find_start(self.out, resume)
+        self.recipe = recipe = recipe.prepare(self.out)
         self._train = recipe.train
         self.stop = Stop(self._train.max_minutes)
         self.world = world or start_world(self._train.device, shard=self._train.shard)
         self.device = self.world.device
         self._train.check_batch(self.world.size)
-        saved = find_start(self.out, resume)
         if saved is not None:
             if saved.state.get("class") != type(recipe).__qualname__:
                 raise ValueError(f"{saved.path} is of a recipe {saved.state.get('class')}, "

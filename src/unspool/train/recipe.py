@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from unspool.train.callbacks import Callback
 
 
+class LegOver(Exception):
+    """What `Recipe.prepare` raises where a signal or the clock ended the leg in it; all is kept for the next one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Base of all recipes: a configuration that knows how to build what it describes.
@@ -30,6 +35,11 @@ class Recipe:
     train: TrainConfig
 
     harmless: ClassVar[tuple[str, ...]] = ()
+
+    def prepare(self, out: Path) -> Recipe:
+        """What must be there before anything is built (a codec fitted to the data, clips encoded with it), made once
+        and kept in the run's folder `out`; returns the recipe that names it. Called by every leg, not by a dry run."""
+        return self
 
     def build_method(self, device: torch.device) -> Method:
         """The objective with its networks on `device`, in fp32; the global generator was seeded before the call."""
