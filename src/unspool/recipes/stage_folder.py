@@ -80,3 +80,22 @@ def describe_model(
         about="sprites under a sky from captions, trained by this package on clips that it renders itself",
         examples=EXAMPLES, vocabulary=VOCABULARY, licence="Apache-2.0", provenance=dict(provenance or {}),
     )  # fmt: skip
+
+
+def card_of(kind: Literal["causal", "bidirectional"], size_px: int, provenance: Mapping[str, Any]) -> str:
+    """README.md of a stage model's folder: what it is and how it was made."""
+    what = {
+        "causal": "causal: it streams, chunk by chunk of 3 latent frames, and follows a prompt that changes",
+        "bidirectional": "bidirectional: clips of up to 81 frames at once; the teacher of the causal model",
+    }[kind]
+    config = provenance["config"]
+    minutes = ", ".join(f"{part} {value}" for part, value in provenance["minutes"].items() if value is not None)
+    return f"""# The stage model, {size_px} px
+Sprites under a sky from captions, 16 frames per second; {what}.
+
+- Run: `unspool generate "{EXAMPLES[0]}" -o out.mp4`; it knows {VOCABULARY}.
+- Made by `unspool stage-model --size {size_px}` from nothing: recipe `{provenance["recipe"]}`, seed
+  {config["train"]["seed"]}, {provenance["clips"]} clips that the package rendered itself, no other data.
+- Minutes by part: {minutes}. Hardware: {provenance["hardware"]}, torch {provenance["torch"]}.
+- Scores, and what is wrong with it: docs/stage-model.md of the repository. Every setting is in model.json.
+"""

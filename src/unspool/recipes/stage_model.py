@@ -76,10 +76,11 @@ class StageModel:
                 continue
             self.tell(f"{part}: begins")
             began = time.monotonic()
-            if not getattr(self, f"_make_{part}")():
+            is_made = getattr(self, f"_make_{part}")()
+            self._note(part, time.monotonic() - began, is_made)
+            if not is_made:
                 self.tell(f"{part}: saved, the time of this leg is over; run the same command again")
                 return part
-            self._note(part, time.monotonic() - began)
         return None
 
     # ---- parts -------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class StageModel:
         return self._train("student")
 
     def _make_models(self) -> bool:
-        from unspool.recipes.stage_folder import write_folder
+        from unspool.recipes.stage_folder import card_of, write_folder
 
         student = self.config.assets or self.home / "model"
         teacher = self.config.weights or self.home / "teacher-model"
@@ -141,6 +142,7 @@ class StageModel:
                 folder, kind=kind, size_px=self.config.size_px, network=recipe.network,  # type: ignore[attr-defined]
                 weights=self._weights(role, ""), codec=self.home / "codec.safetensors",
                 text=self.home / "text.safetensors", provenance=self._provenance(role),
+                card=card_of(kind, self.config.size_px, self._provenance(role)),
             )  # fmt: skip
             self.tell(f"models: {folder}")
         return True
@@ -188,22 +190,34 @@ class StageModel:
     def _is_made(self, part: str) -> bool:
         if part == "models":
             return False
-        return part in self._notes()
+        return self._notes().get(part, {"made": False}).get("made", True)
 
     def _notes(self) -> dict[str, Any]:
         path = self.home / "parts.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def _note(self, part: str, seconds: float) -> None:
+    def _note(self, part: str, seconds: float, is_made: bool) -> None:
+        """Whether a part is made, and the minutes of all its legs."""
         from unspool.data.shard_format import replace_text
 
-        notes = self._notes() | {part: {"last_leg_minutes": round(seconds / 60, 1)}}
+        notes = self._notes()
+        before = notes.get(part, {}).get("minutes", 0.0)
+        notes[part] = {"made": is_made, "minutes": round(before + seconds / 60, 1)}
+        self.home.mkdir(parents=True, exist_ok=True)
         replace_text(self.home / "parts.json", json.dumps(notes, indent=1) + "\n")
 
     def _provenance(self, role: str) -> dict[str, Any]:
+        import os
+        import platform
+
+        import torch
+
         from unspool.config import to_dict
 
-        return {"recipe": f"stage-{self.config.size_px}-{role}", "clips": self.config.clips, "parts": self._notes(),
+        minutes = {part: note.get("minutes") for part, note in self._notes().items()}
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+        return {"recipe": f"stage-{self.config.size_px}-{role}", "clips": self.config.clips, "minutes": minutes,
+                "hardware": f"{platform.machine()}, {device}", "torch": str(torch.__version__),
                 "config": to_dict(self._recipe(role))}  # fmt: skip
 
 
