@@ -177,6 +177,12 @@ def test_unknown_preset_names_the_nearest() -> None:
         presets.get("longlive")
 
 
+def test_a_preset_of_base_and_lora_is_not_half_converted(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without --lora; it is a base and a LoRA of rank 256"):
+        convert(source, tmp_path / "out.safetensors", preset="longlive-1.0")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_converted_file_is_read_without_arguments(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out.safetensors", format="diffusers")
     assert load.read_wan(tmp_path / "out.safetensors").config == TINY

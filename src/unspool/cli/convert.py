@@ -76,6 +76,11 @@ def run(args: Args) -> int:
     from unspool import presets
 
     preset = presets.get(args.preset) if args.preset else None
+    if preset is not None and args.lora is None and any(file.role == "lora" for file in preset.files):
+        raise ValueError(
+            f"got --preset {preset.name} without --lora; it is a base and a LoRA of rank {preset.lora_rank}: name the "
+            "LoRA's file, or leave out --preset to convert the base alone"
+        )
     facts = _facts(args, preset)
 
     from unspool.models.wan.load import save_wan_file
