@@ -56,6 +56,8 @@ class Args:
     """auto (a GPU if there is one), cpu, cuda, cuda:1."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number type; float32 on a CPU and the files' own elsewhere if not given."""
+    compile: bool = False
+    """Compile the networks first, which takes a minute or two and needs a C++ compiler."""
     workers: int = 1
     """Processes that score while nothing is generated: as many as there are free cores."""
     markdown: Path | None = None
@@ -123,7 +125,7 @@ def _arm(name: str, model: str, steps: int | None, guidance: float | None, args:
     from unspool.engine.load import load
     from unspool.evaluate.runner import Arm
 
-    pipeline = load(model, device=args.device, dtype=args.dtype)
+    pipeline = load(model, device=args.device, dtype=args.dtype, compile=args.compile)
     return Arm(name=name, pipeline=pipeline, steps=steps, guidance=guidance)
 
 
