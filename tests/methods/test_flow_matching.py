@@ -198,6 +198,21 @@ def test_one_sigma_per_clip_and_the_first_latent_frame_given() -> None:
     assert call.context.mask is None
 
 
+def test_levels_of_their_own_for_a_share_of_the_clips_and_the_same_noise() -> None:
+    batch = Walk().batch(4000, 3)
+    recorded = []
+    for share in (0.0, 0.25):
+        network = Recorder(Echo())
+        FlowMatching(change(clean_first=0.25, own_levels=share), backbone=network).step(batch, "student", 0, rng())
+        recorded.append(network.calls[0])
+    one, mixed = recorded
+    own = mixed.sigma[:, 1] != mixed.sigma[:, 2]
+    assert abs(float(own.double().mean()) - 0.25) < 0.035
+    assert torch.equal(one.sigma[~own], mixed.sigma[~own]) and torch.equal(one.x[~own], mixed.x[~own])
+    assert torch.equal(one.sigma[:, 0] == 0, mixed.sigma[:, 0] == 0)  # given latent frames stay given
+    assert len(torch.unique(mixed.sigma[own, 1:])) == 2 * int(own.sum())
+
+
 def test_a_given_latent_frame_carries_no_loss() -> None:
     oracle = Oracle(Walk(), 2)
     FlowMatching(change(clean_first=1.0), backbone=oracle).step(Walk().batch(8, 2), "student", 0, rng()).loss.backward()
@@ -322,7 +337,7 @@ def test_configs() -> None:
     moved = apply_overrides(PLAIN, ["sigma.law=logit_normal", "sigma.mean=0", "sigma.std=1", "drop_text=0.1"])
     assert moved.sigma.std == 1.0 and moved.drop_text == 0.1
     for overrides in (["sigma.shift=0"], ["sigma.std=1"], ["sigma.law=logit_normal"], ["weight=gauss"],
-                      ["drop_text=1.5"], ["clean_first=-0.1"]):  # fmt: skip
+                      ["drop_text=1.5"], ["clean_first=-0.1"], ["own_levels=2"]):  # fmt: skip
         with pytest.raises(ValueError, match=r"expected|leave|needs"):
             apply_overrides(PLAIN, overrides)
 

@@ -33,18 +33,22 @@ class FlowMatchingConfig:
 
     Fields: `sigma` law of the noise level; `weight` of the loss by sigma; `drop_text` probability that a sample loses
     its prompts (classifier-free guidance, arXiv:2207.12598); `clean_first` probability that latent frame 0 is given
-    clean, at sigma 0 and without loss (image to video).
+    clean, at sigma 0 and without loss (image to video); `own_levels` probability that each latent frame of a clip has a
+    noise level of its own instead of one for all (arXiv:2407.01392, here with every frame seeing every other): what
+    persists in a clip is learnt sooner where some frames show it.
     """
 
     sigma: SigmaLaw
     weight: Weight
     drop_text: float
     clean_first: float = 0.0
+    own_levels: float = 0.0
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
         check_share("drop_text", self.drop_text)
         check_share("clean_first", self.clean_first)
+        check_share("own_levels", self.own_levels)
 
 
 class FlowMatching:
@@ -83,9 +87,11 @@ class FlowMatching:
             raise ValueError("clean_first gives latent frame 0, but the clips have no other; use longer clips or 0")
         prompts = self.student.prompts_of(batch, chosen((size,), self.config.drop_text, rng))
         given = chosen((size,), self.config.clean_first, rng)[:, None] & (torch.arange(frames) == 0)
-        sigma = self.config.sigma.draw((size, 1), rng).expand(size, frames).to(x0.dtype)
-        sigma = sigma.masked_fill(given, 0.0)
+        sigma = self.config.sigma.draw((size, 1), rng).expand(size, frames)
         noise = noise_like(x0, rng)
+        has_own = chosen((size,), self.config.own_levels, rng)[:, None]
+        sigma = torch.where(has_own, self.config.sigma.draw((size, frames), rng), sigma)
+        sigma = sigma.to(x0.dtype).masked_fill(given, 0.0)
         prediction = self.student(FLOW.add_noise(x0, noise, sigma), sigma, prompts, self._contexts[frames])
         weights = self.config.sigma.weigh(sigma, self.config.weight)
         return velocity_loss(prediction, FLOW.target(x0, noise, sigma), sigma, weights=weights, counted=~given)
