@@ -106,12 +106,18 @@ def _crop_starts(source: LatentShards, steps: int) -> set[int]:
     found = set()
     for step in range(steps):
         batch = source.batch(step, 5)
-        for index, latents, prompts in zip(batch.indices.tolist(), batch.latents, batch.prompt_index, strict=True):
+        assert batch.latents is not None and batch.captions is not None and batch.prompt_index is not None
+        for index, latents, captions, prompts in zip(
+            batch.indices.tolist(), batch.latents, batch.captions, batch.prompt_index.tolist(), strict=True
+        ):
             whole = clip(index)
             places = [
                 s for s in range(8 - len(latents)) if torch.equal(whole["latents"][s : s + len(latents)], latents)
             ]
-            assert len(places) == 1 and prompts.tolist() == whole["prompt_index"][places[0] : places[0] + len(latents)]
+            assert len(places) == 1
+            expected = whole["prompt_index"][places[0] : places[0] + len(latents)]
+            assert [captions[k] for k in prompts] == [whole["captions"][k] for k in expected]
+            assert len(captions) == len(set(expected)) or len(latents) == 7  # those that hold in the crop alone
             found.add(places[0])
     return found
 

@@ -117,13 +117,22 @@ class LatentShards:
         if len(lengths) > 1:
             raise ValueError(f"clips of {lengths[0]} to {lengths[-1]} latent frames in one batch; set frames=")
         parts = [(entry, start, start + lengths[0]) for entry, start in taken]
+        held = [_held(entry, start, end) for entry, start, end in parts]
         text = None
         if self.header.text_rows is not None:
-            text = _padded((self._get(entry, TEXT, 0, None) for entry, _ in taken), self.header.text_rows)
+            states = (self._get(entry, TEXT, 0, None)[used] for (entry, _), used in zip(taken, held, strict=True))
+            text = _padded(states, self.header.text_rows)
         return Batch(
             latents=torch.stack([self._get(entry, LATENTS, start, end) for entry, start, end in parts]).float(),
-            captions=tuple(entry.captions for entry, _ in taken),
-            prompt_index=torch.tensor([entry.prompt_index[start:end] for entry, start, end in parts]),
+            captions=tuple(
+                tuple(entry.captions[k] for k in used) for (entry, _), used in zip(taken, held, strict=True)
+            ),
+            prompt_index=torch.tensor(
+                [
+                    [used.index(k) for k in entry.prompt_index[start:end]]
+                    for (entry, start, end), used in zip(parts, held, strict=True)
+                ]
+            ),
             text=text,
             indices=torch.tensor([entry.index for entry, _ in taken]),
         )
@@ -143,6 +152,13 @@ class LatentShards:
             return part[start : part.get_shape()[0] if end is None else end]
         except SafetensorError as error:
             raise ValueError(f"{path}: clip {entry.index} has no {name!r} ({error})") from None
+
+
+def _held(entry: Entry, start: int, end: int) -> list[int]:
+    """The prompts that hold in a crop; all of them for a whole clip."""
+    if end - start == entry.frames:
+        return list(range(len(entry.captions)))
+    return sorted(set(entry.prompt_index[start:end]))
 
 
 def _padded(states: Iterable[Tensor], rows: int) -> Tensor:
