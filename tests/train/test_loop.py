@@ -156,3 +156,18 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     assert pick_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="no CUDA device"):
         pick_device("cuda")
+
+
+def test_the_feed_does_not_take_threads_from_the_loop() -> None:
+    seen: list[int] = []
+
+    class Watching(Toy):
+        def batch(self, step: int, size: int, *, rank: int = 0, world: int = 1) -> Batch:
+            seen.append(torch.get_num_threads())
+            return super().batch(step, size, rank=rank, world=world)
+
+    before = torch.get_num_threads()
+    feed = Feed(Watching(), ALONE, size=4, stop=2)
+    feed.next()
+    feed.close()
+    assert set(seen) == {1} and torch.get_num_threads() == before

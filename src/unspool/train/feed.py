@@ -15,6 +15,12 @@ from unspool.data.batch import Batch, Source
 from unspool.train.parallel import World
 
 
+def _stay_single() -> None:
+    """A second team of OpenMP threads would be more threads than cores: then GNU's runtime lets all of them sleep
+    between any two operations, and on two cores the loop's own operations take a quarter longer."""
+    torch.set_num_threads(1)
+
+
 class Feed:
     """The micro-batches of each step on this rank, from `start` on, `ahead` steps in advance.
 
@@ -36,7 +42,7 @@ class Feed:
         ahead: int = 2,
     ) -> None:
         self._source, self._world, self._size, self._accumulate = source, world, size, accumulate
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="unspool-feed")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="unspool-feed", initializer=_stay_single)
         self._queue: deque[Future[list[Batch]]] = deque()
         self._next, self._stop, self._ahead = start, stop, max(ahead, workers)
         self.waited_s = 0.0
