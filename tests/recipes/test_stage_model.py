@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unspool.config import locate
+from unspool.config import apply_overrides, locate
 from unspool.log import read_metrics
 from unspool.recipes import RECIPES
 from unspool.recipes.stage_model import PARTS, StageModel, StageModelConfig
@@ -68,3 +68,20 @@ def test_every_recipe_builds_its_configuration_and_says_what_it_is() -> None:
         made = locate(name, RECIPES)
         assert made().train.steps > 0, target
         assert made.__doc__, name
+
+
+def test_the_text_encoder_is_kept_as_it_was_parsed_with_unless_asked_otherwise(tmp_path: Path) -> None:
+    import torch
+
+    from unspool.models.caption import CaptionEncoder
+    from unspool.recipes.stage import teacher_64
+    from unspool.recipes.stage_parts import caption_config
+    from unspool.train.optim import RoleOptimizer
+
+    CaptionEncoder(caption_config()).save(tmp_path / "text.safetensors")
+    for learns in (False, True):
+        recipe = apply_overrides(teacher_64(), [f"text={tmp_path / 'text.safetensors'}", f"learn_text={learns}"])
+        student = recipe.build_method(torch.device("cpu")).networks["student"]
+        trained = RoleOptimizer(student, recipe.train.optim).parameters
+        assert any(name.startswith("text.") for name in trained) == learns
+        assert any(name.startswith("backbone.") for name in trained)
