@@ -89,9 +89,12 @@ class ShortClips:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentRecipe(Recipe):
-    """Base of what trains a network on encoded clips. Fields: `network` sizes; `text` a text encoder file; `learn_text`
-    whether it goes on learning: at the network's rates it forgets what the loss does not ask for yet, shapes and
-    motions first (read off its states after 3,000 steps: shapes 1.00 before, .40 after); `data` a folder of latents; `start` weights of the student to begin with."""
+    """Base of what trains a network on encoded clips.
+
+    Fields: `network` sizes; `text` a text encoder file; `learn_text` whether it goes on learning: at the network's
+    rates it forgets what the loss does not ask for yet, shapes and motions first (read off its states after 3,000
+    steps: shapes 1.00 before, .40 after); `data` a folder of latents; `start` weights of the student to begin with.
+    """
 
     network: WanConfig
     text: str
