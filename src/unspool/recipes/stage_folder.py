@@ -44,7 +44,10 @@ def write_folder(
     provenance: Mapping[str, Any] | None = None,
     card: str | None = None,
 ) -> ModelSpec:
-    """Write the folder of a student ("causal") or teacher. `weights` has keys `backbone.*` and `text.*`, as trained."""
+    """Write the folder of a student ("causal") or teacher. `weights` has keys `backbone.*` and `text.*`, as trained;
+    the network's are stored in bfloat16."""
+    import torch
+
     from unspool.models.caption import CaptionEncoder
     from unspool.models.taehv import Taehv
     from unspool.models.wan.network import WanTransformer
@@ -54,7 +57,7 @@ def write_folder(
         module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     spec = describe_model(kind=kind, size_px=size_px, transformer=Part(kind="wan"), provenance=provenance)
     return save_model_folder(
-        folder, spec, transformer=transformer, codec=Taehv.from_single_file(codec), text=encoder, card=card
+        folder, spec, transformer=transformer.to(torch.bfloat16), codec=Taehv.from_single_file(codec), text=encoder, card=card
     )
 
 
