@@ -57,7 +57,12 @@ def write_folder(
         module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     spec = describe_model(kind=kind, size_px=size_px, transformer=Part(kind="wan"), provenance=provenance)
     return save_model_folder(
-        folder, spec, transformer=transformer.to(torch.bfloat16), codec=Taehv.from_single_file(codec), text=encoder, card=card
+        folder,
+        spec,
+        transformer=transformer.to(torch.bfloat16),
+        codec=Taehv.from_single_file(codec),
+        text=encoder,
+        card=card,
     )
 
 
