@@ -56,7 +56,7 @@ class WanTransformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier for matrices, zero output, text and time embeddings by their inputs (Wan2.1's, but for small sizes)."""
+        """Xavier for matrices, zero output, text and time embeddings by their inputs (as Wan2.1 at its own sizes)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
