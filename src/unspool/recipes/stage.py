@@ -63,9 +63,9 @@ def teacher_64() -> TeacherRecipe:
     return TeacherRecipe(
         network=_network(dim=256, layers=8, heads=4),
         text="runs/stage-64/text.safetensors", data="runs/stage-64/latents",
-        short=ShortClips(legs=((3, 1500), (9, 2600))),
+        short=ShortClips(legs=((3, 1000), (9, 4500))),
         method=FlowMatchingConfig(sigma=towards_noise(), weight="none", drop_text=0.1),
-        train=_train(steps=6200, batch=32, lr=1.5e-3, muon_lr=5e-3, decay=0.999, curve="wsd", compile=True),
+        train=_train(steps=6300, batch=32, lr=1e-3, muon_lr=1.5e-3, decay=0.999, curve="wsd", compile=True),
     )  # fmt: skip
 
 
@@ -75,8 +75,9 @@ def student_64() -> StudentRecipe:
         network=_network(dim=256, layers=8, heads=4),
         text="runs/stage-64/text.safetensors", data="runs/stage-64/latents",
         start="runs/stage-64/teacher/student.safetensors",
+        short=ShortClips(legs=((9, 1500),)),
         method=_teacher_forcing(),
-        train=_train(steps=5000, batch=16, lr=1e-3, decay=0.999, curve="wsd", compile=True),
+        train=_train(steps=2200, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.999, curve="wsd", compile=True),
     )  # fmt: skip
 
 

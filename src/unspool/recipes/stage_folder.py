@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from unspool.models.wan.config import WanConfig
 
-STEPS, SHIFT, GUIDANCE = 50, 2.5, 3.0
-"""Denoising steps, shift of their sigmas and guidance scale that the stage's networks are run with."""
+STEPS = {"causal": 25, "bidirectional": 50}
+"""Denoising steps of student and teacher; with 25 two CPU cores stream the student at its own 16 frames/s."""
+SHIFT, GUIDANCE = 2.5, 3.0
+"""Shift of the sigmas and guidance scale that the stage's networks are run with."""
 WINDOW, SINK = CLIP, CHUNK
 EXAMPLES = (
     "a red ball bounces at sunset",
@@ -80,7 +82,7 @@ def describe_model(
         transformer=transformer, codec=Part(kind="taehv"), text=Part(kind="caption"),
         height_px=size_px, width_px=size_px, fps=16.0, geometry=Geometry(), clip=CLIP,
         rollout=RolloutSettings(
-            chunk=CHUNK, window=WINDOW, sink=SINK, sigmas=uniform(STEPS, shift=SHIFT).sigmas, solver="euler",
+            chunk=CHUNK, window=WINDOW, sink=SINK, sigmas=uniform(STEPS[kind], shift=SHIFT).sigmas, solver="euler",
             shift=SHIFT, guidance_scale=GUIDANCE, sigma_commit=0.0, switch_policy="keep",
             positions="relative" if kind == "causal" else "absolute",
         ),
