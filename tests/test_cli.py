@@ -181,7 +181,6 @@ def test_doctor_notes_a_missing_compiler(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_a_notice_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(log, "_told", set())
-    monkeypatch.setattr(logging.getLogger("unspool"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="unspool"):
         for _ in range(3):
             log.notice_once("a", "first")
@@ -210,8 +209,7 @@ def test_metrics_survive_and_append(tmp_path: Path) -> None:
         log.read_metrics(path)
 
 
-def test_metrics_console_and_reserved_names(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logging.getLogger("unspool"), "propagate", True)
+def test_metrics_console_and_reserved_names(caplog: pytest.LogCaptureFixture) -> None:
     sink = log.MetricsLog(None, console_every=2)
     with caplog.at_level(logging.INFO, logger="unspool"):
         for step in range(4):
