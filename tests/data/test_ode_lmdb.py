@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from unspool.data.batch import Source
-from unspool.data.ode_lmdb import OdeLmdb, OdeLmdbConfig, TrajectoryBatch
+from unspool.data.batch import Source, TrajectoryBatch
+from unspool.data.ode_lmdb import OdeLmdb, OdeLmdbConfig
 
 SHAPE = (4, 3, 2, 5, 6)
 

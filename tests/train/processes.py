@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy import train
 
 from unspool.train.checkpoint import fill, find, stored
 
@@ -25,19 +25,19 @@ def context() -> Any:
     return made
 
 
-def _leg(out: Path, overrides: tuple[str, ...], environment: dict[str, str]) -> None:
+def _leg(out: Path, overrides: tuple[str, ...], environment: dict[str, str], module: str) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        train(out, *overrides)
+        importlib.import_module(module).train(out, *overrides)
     except ValueError as error:
         print(f"unspool: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def start(out: Path, *overrides: str, environment: dict[str, str] | None = None) -> Any:
-    """Train in a process of its own."""
-    process = context().Process(target=_leg, args=(out, overrides, environment or {}))
+def start(out: Path, *overrides: str, environment: dict[str, str] | None = None, module: str = "toy") -> Any:
+    """Train in a process of its own: `train` of `module`."""
+    process = context().Process(target=_leg, args=(out, overrides, environment or {}, module))
     process.start()
     return process
 
@@ -52,14 +52,14 @@ def wait(process: Any) -> int:
     return int(process.exitcode)
 
 
-def ranks(number: int, out: Path, *overrides: str) -> list[int]:
+def ranks(number: int, out: Path, *overrides: str, module: str = "toy") -> list[int]:
     """Train on several gloo ranks; their exit codes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     common = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
-        start(out, *overrides, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start(out, *overrides, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, module=module)
         for rank in range(number)
     ]
     return [wait(process) for process in started]

@@ -56,6 +56,16 @@ class ParsedBatch(Batch):
     labels: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryBatch(Batch):
+    """Paths of a teacher's sampler: `trajectory` [b, steps, t, c, h, w] from noise to its end point, and the `sigmas`
+    of those states, the last 0 (None: the file does not say). `latents` are the end point, or the clean clip that a
+    causal teacher read."""
+
+    trajectory: Tensor | None = None
+    sigmas: tuple[float, ...] | None = None
+
+
 @runtime_checkable
 class Source(Protocol):
     """Where batches come from. Stateless: what step k gives depends on k and the seed alone: resuming is one integer.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unspool.data.batch import Batch
+from unspool.data.batch import TrajectoryBatch
 from unspool.data.listing import EpochOrder, check_seed, global_samples
 
 if TYPE_CHECKING:
@@ -32,21 +32,16 @@ _opened: WeakValueDictionary[Path, lmdb.Environment] = WeakValueDictionary()
 
 @dataclass(frozen=True, kw_only=True)
 class OdeLmdbConfig:
-    """`path`: an LMDB folder (with data.mdb), or a folder of several. `shuffle`: a new order in each epoch."""
+    """`path`: an LMDB folder (with data.mdb), or a folder of several. `timesteps` of the stored states, from 1000 down
+    to 0: the files do not say (CausVid's: 1000, 757, 522, 0). `shuffle`: a new order in each epoch."""
 
     path: str = ""
+    timesteps: tuple[float, ...] = ()
     shuffle: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrajectoryBatch(Batch):
-    """A batch with `trajectory` [b, steps, t, c, h, w], from noise to clean; `latents` is its last step."""
-
-    trajectory: Tensor | None = None
 
 
 class OdeLmdb:
@@ -68,6 +63,8 @@ class OdeLmdb:
             )
         self.shape: tuple[int, ...] = shapes[0][1:]
         """(steps, t, c, h, w) of every trajectory."""
+        if config.timesteps and len(config.timesteps) != self.shape[0]:
+            raise ValueError(f"{len(config.timesteps)} timesteps for trajectories of {self.shape[0]} states")
         self._ends = list(accumulate(shape[0] for shape in shapes))
         self._order = EpochOrder(len(self), config.seed, shuffle=config.shuffle)
 
@@ -85,6 +82,7 @@ class OdeLmdb:
         trajectory = torch.stack([values for values, _ in read])
         return TrajectoryBatch(
             trajectory=trajectory,
+            sigmas=tuple(t / 1000 for t in self.config.timesteps) or None,
             latents=trajectory[:, -1],
             captions=tuple((prompt,) for _, prompt in read),
             indices=torch.tensor(entries, dtype=torch.int64),

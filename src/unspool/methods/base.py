@@ -20,9 +20,22 @@ class StepResult:
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Follower:
+    """A network that is no optimizer's: after each update of `role` its weights move towards that role's,
+    follower <- decay follower + (1 - decay) role. Same names and shapes; begins as a copy."""
+
+    network: nn.Module
+    role: str
+    decay: float
+
+
 @runtime_checkable
 class Method(Protocol):
     """One objective over the networks of its roles ("student", "critic", ...).
+
+    A method may also have `frozen`: name -> network that is used and never trained (a teacher), which the loop only
+    places, and `followers`: name -> `Follower`, which it moves and checkpoints.
 
     The loop owns optimizers, EMA, precision and distribution; a method computes losses. All its randomness comes from
     `rng`, a CPU generator that the loop seeds from (seed, step, micro-batch, rank), so a step can be run again exactly.

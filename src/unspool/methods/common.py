@@ -187,16 +187,32 @@ class Student(nn.Module):
         null = nn.functional.pad(null, (0, 0, 0, rows - null.shape[0]))
         return torch.where(to_device(dropped, states.device)[:, None, None, None], null, states)
 
-    def forward(self, x: Tensor, sigma: Tensor, prompts: BatchPrompts, context: Context) -> Tensor:
+    def states_of(self, prompts: BatchPrompts) -> Tensor:
+        """Text states [b, prompts, rows, channels]."""
+        if prompts.states is not None:
+            return prompts.states
+        assert prompts.which is not None
+        encoded = self.text(list(prompts.captions))
+        return encoded[to_device(prompts.which, encoded.device)]
+
+    def forward(
+        self,
+        x: Tensor | Callable[[], Any],
+        sigma: Tensor | None = None,
+        prompts: BatchPrompts | None = None,
+        context: Context | None = None,
+    ) -> Any:
         """Prediction [b, t, c, h, w]: prompts are encoded and prepared, then the backbone is called, all in here, so
-        that wrappers of the whole module (data parallel, compiled) see one forward."""
-        states = prompts.states
-        if states is None:
-            assert prompts.which is not None
-            encoded = self.text(list(prompts.captions))
-            states = encoded[to_device(prompts.which, encoded.device)]
+        that wrappers of the whole module (data parallel, compiled) see one forward.
+
+        A function as the only argument is called instead: what calls the backbone several times (a rollout) happens
+        inside one forward of this module too. It returns tensors, or a tuple of them.
+        """
+        if not isinstance(x, Tensor):
+            return x()
+        assert sigma is not None and prompts is not None
         backbone: Any = self.backbone
-        prepared = backbone.prepare(Text(states=states))
+        prepared = backbone.prepare(Text(states=self.states_of(prompts)))
         return backbone(x, sigma, Conditioning(prompts=prepared, prompt_index=prompts.index), context)
 
 

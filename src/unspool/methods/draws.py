@@ -15,22 +15,25 @@ from torch import Tensor
 
 
 class SampleRng(torch.Generator):
-    """A CPU generator that also holds one generator for each sample of a batch.
+    """A CPU generator that also holds one generator for each sample of a batch, and one that all ranks share.
 
     Used as an ordinary generator (`torch.rand(..., generator=rng)`) it draws from `seed`; such draws depend on how the
     batch is split.
     """
 
     samples: tuple[torch.Generator, ...]
+    shared: torch.Generator
 
-    def __new__(cls, seed: int, sample_seeds: Sequence[int]) -> SampleRng:
+    def __new__(cls, seed: int, sample_seeds: Sequence[int], shared_seed: int = 0) -> SampleRng:
         rng = super().__new__(cls, "cpu")  # type: ignore[call-arg]
         rng.manual_seed(seed)
         rng.samples = tuple(torch.Generator().manual_seed(own) for own in sample_seeds)
+        rng.shared = torch.Generator().manual_seed(shared_seed)
         return rng
 
-    def __init__(self, seed: int, sample_seeds: Sequence[int]) -> None:
-        """`seed` of the ordinary draws, `sample_seeds` of the samples, in the order of the batch."""
+    def __init__(self, seed: int, sample_seeds: Sequence[int], shared_seed: int = 0) -> None:
+        """`seed` of the ordinary draws, `sample_seeds` of the samples, in the order of the batch; `shared_seed` of what
+        every rank and micro-batch of a step draws alike."""
 
 
 def uniform(shape: Sequence[int], rng: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -41,6 +44,12 @@ def uniform(shape: Sequence[int], rng: torch.Generator, dtype: torch.dtype = tor
 def normal(shape: Sequence[int], rng: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal draws on the CPU; `shape` begins with the batch."""
     return _draw(torch.randn, shape, rng, dtype)
+
+
+def shared_integer(count: int, rng: torch.Generator) -> int:
+    """An integer in [0, count) that every rank of a step draws alike: what decides how many forwards a step makes."""
+    source = rng.shared if isinstance(rng, SampleRng) else rng
+    return int(torch.randint(count, (), generator=source))
 
 
 def _draw(law: Callable[..., Tensor], shape: Sequence[int], rng: torch.Generator, dtype: torch.dtype) -> Tensor:

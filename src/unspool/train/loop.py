@@ -224,6 +224,7 @@ class Trainer:
             if role in self.state.averages:
                 self.state.averages[role].update(self.state.updates[role])
             self.state.updates[role] += 1
+            self.state.follow(role)
             prefix = "" if role == "student" else f"{role}/"
             for values in metrics:
                 self._window.add({prefix + name: value for name, value in values.items()})

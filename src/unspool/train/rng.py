@@ -17,9 +17,8 @@ def mix(*parts: int | str) -> int:
 
 def step_rng(seed: int, step: int, role: str, samples: range) -> SampleRng:
     """The generator of `role` at `step` for the samples with these numbers of the global batch."""
-    return SampleRng(
-        mix(seed, step, role, "batch", samples.start), [mix(seed, step, role, "sample", j) for j in samples]
-    )
+    own = [mix(seed, step, role, "sample", j) for j in samples]
+    return SampleRng(mix(seed, step, role, "batch", samples.start), own, mix(seed, step, role, "shared"))
 
 
 def seed_step(seed: int, step: int, role: str, part: int, device: torch.device) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unspool.config import nearest
-from unspool.methods.base import Method
+from unspool.methods.base import Follower, Method
 from unspool.ops.compile import compile_backbone
 from unspool.train.checkpoint import Saved, check_files, fill, stored
 from unspool.train.config import TrainConfig
 from unspool.train.ema import Ema
 from unspool.train.optim import RoleOptimizer
-from unspool.train.parallel import World, gather_after, shard_network
+from unspool.train.parallel import World, gather_after, local, shard_network
 from unspool.weights.report import compare
 
 LOOP_FIELDS = (
@@ -38,6 +39,11 @@ class TrainState:
         for network in self.networks.values():
             prepare(network, train, world)
             network.train()
+        self.followers: dict[str, Follower] = dict(getattr(method, "followers", {}))
+        helpers = {**getattr(method, "frozen", {}), **{name: f.network for name, f in self.followers.items()}}
+        for network in helpers.values():
+            prepare(network.requires_grad_(False), replace(train, gradient_checkpointing=False), world)
+            network.eval()
         self.optimizers = {role: RoleOptimizer(net, train.optim_of(role)) for role, net in self.networks.items()}
         averaged = () if train.ema is None else train.ema.roles
         self.averages = {role: Ema(self.optimizers[role].parameters, train.ema) for role in averaged if train.ema}
@@ -91,7 +97,22 @@ class TrainState:
             found.update({f"ema/{role}/{name}": tensor for name, tensor in ema.average.items()})
         for role, optimizer in self.optimizers.items():
             found.update({f"optim/{role}/{name}": tensor for name, tensor in optimizer.state_tensors().items()})
+        for name, follower in self.followers.items():
+            gather_after(follower.network)
+            found.update({f"follow/{name}/{key}": t.detach() for key, t in follower.network.state_dict().items()})
         return found
+
+    @torch.no_grad()
+    def follow(self, role: str) -> None:
+        """Move the networks that follow `role` towards it."""
+        for follower in self.followers.values():
+            if follower.role != role:
+                continue
+            gather_after(follower.network)
+            gather_after(self.networks[role])
+            weights = [local(p) for p in self.networks[role].parameters()]
+            own = [local(p) for p in follower.network.parameters()]
+            torch._foreach_lerp_(own, weights, 1.0 - follower.decay)
 
     def counters(self) -> dict[str, Any]:
         """Plain numbers of a checkpoint, beside the step."""

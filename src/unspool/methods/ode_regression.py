@@ -1,0 +1,148 @@
+"""Regression on a teacher's sampler paths: what initialises a few-step causal student before distribution matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.context import Backend, FullSequence
+from unspool.causal.mask import causal_mask, teacher_forcing_mask
+from unspool.causal.position import Absolute
+from unspool.causal.visibility import Full, Window, check_window
+from unspool.data.batch import Batch, TrajectoryBatch
+from unspool.methods.base import StepResult
+from unspool.methods.common import FLOW, Contexts, Student, student_only
+from unspool.methods.diffusion_forcing import chunk_numbers
+from unspool.methods.draws import uniform
+from unspool.methods.samples import StepList
+from unspool.methods.scores import Conditioner, Positions
+from unspool.ops.transfer import to_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeRegressionConfig:
+    """What decides the objective.
+
+    Fields: `steps` of the student, which must be the sigmas of the stored states; `plan`, `visibility`, `positions` of
+    the causal mask; `past` "noisy": a chunk reads the earlier ones of the same path at their own drawn levels
+    (arXiv:2412.07772), "clean": it reads the clean clip that the path was sampled with (arXiv:2602.02214); `clean`
+    whether a chunk may be drawn at sigma 0, where it carries no loss (for "noisy"); `per` draw of a level.
+    """
+
+    steps: StepList
+    plan: ChunkPlan
+    visibility: Full | Window = field(default_factory=Full)
+    positions: Positions = field(default_factory=Absolute)
+    past: Literal["noisy", "clean"] = "noisy"
+    clean: bool = True
+    per: Literal["chunk", "sample"] = "chunk"
+    backend: Backend = "slices"
+
+    def __post_init__(self) -> None:
+        check_window(self.visibility, self.plan.longest)
+        if self.past not in ("noisy", "clean"):
+            raise ValueError(f"past={self.past!r}: expected 'noisy' or 'clean'")
+        if self.per not in ("chunk", "sample"):
+            raise ValueError(f"per={self.per!r}: expected 'chunk' or 'sample'")
+        if self.past == "clean" and self.clean:
+            raise ValueError(
+                "clean=true draws chunks that carry no loss; with past='clean' they teach nothing: set false"
+            )
+
+
+def regression_loss(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Mean of (prediction - target)^2 over the values of all `counted` [b, t] latent frames, in at least float32.
+
+    0 with its graph where none is counted.
+    """
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    error = (prediction.to(wide) - target.to(wide)).square().flatten(2).mean(2)
+    share = counted.double() / counted.sum().clamp(min=1)
+    return (error * to_device(share.to(wide), error.device)).sum()
+
+
+class OdeRegression:
+    """E || x0(x_sigma) - x_end ||^2 over stored states x_sigma of a path that ends at x_end.
+
+    Source: arXiv:2412.07772 section 4.2 (implements `Method`; role "student"). Arguments as `DistributionMatching`.
+    Raises ValueError at the first step for states of other sigmas than the student's.
+    """
+
+    def __init__(
+        self,
+        config: OdeRegressionConfig,
+        *,
+        backbone: nn.Module,
+        text: nn.Module | None = None,
+        null_text: Tensor | None = None,
+    ) -> None:
+        self.config = config
+        self.student = Student(backbone)
+        self.conditioner = Conditioner(text, null_text)
+        self._contexts = Contexts(self._context)
+
+    def _context(self, frames: int) -> FullSequence:
+        c = self.config
+        if c.past == "noisy":
+            return FullSequence(frames, causal_mask(c.plan, frames, c.visibility, c.positions), backend=c.backend)
+        mask = teacher_forcing_mask(c.plan, frames, c.visibility, c.positions)
+        return FullSequence(2 * frames, mask, backend=c.backend)
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return {"student": self.student}
+
+    def roles(self, step: int) -> tuple[str, ...]:
+        return ("student",)
+
+    def step(self, batch: Batch, role: str, step: int, rng: torch.Generator) -> StepResult:
+        student_only(role)
+        states, sigmas = self._states(batch)
+        size, frames = states.shape[0], states.shape[2]
+        chunk_of = chunk_numbers(self.config.plan, frames)
+        count = len(sigmas) - (not self.config.clean)
+        draws = (size, int(chunk_of[-1]) + 1 if self.config.per == "chunk" else 1)
+        which = (uniform(draws, rng) * count).long()
+        which = which[:, chunk_of] if self.config.per == "chunk" else which.expand(size, frames)
+        prediction, x, sigma = self.predict(batch, states, which)
+        loss = regression_loss(FLOW.to_x0(x, prediction.to(x.dtype), sigma), states[:, -1], sigma > 0)
+        return StepResult(loss=loss, metrics={"loss": loss.detach()})
+
+    def predict(self, batch: Batch, states: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(prediction, input, sigma [b, t]) for the numbers `which` [b, t] of the stored states."""
+        prompts, _ = self.conditioner(batch)
+        schedule = self.config.steps.schedule
+        rows, columns = torch.arange(len(states))[:, None], torch.arange(states.shape[2])[None]
+        x = states[rows, to_device(which, states.device), columns]
+        sigma = torch.tensor(schedule.sigmas, dtype=torch.float32)[which]
+        told = torch.tensor([*(s.conditioning for s in schedule.steps), 0.0], dtype=torch.float32)[which]
+        frames = states.shape[2]
+        if self.config.past == "noisy":
+            return self.student(x, told, prompts, self._contexts[frames]), x, sigma
+        assert batch.latents is not None
+        both = torch.cat([batch.latents.to(x.dtype), x], dim=1)
+        levels = torch.cat([torch.zeros_like(told), told], dim=1)
+        prediction = self.student(both, levels, prompts.doubled(), self._contexts[frames])[:, frames:]
+        return prediction, x, sigma
+
+    def _states(self, batch: Batch) -> tuple[Tensor, tuple[float, ...]]:
+        wanted = self.config.steps.schedule.sigmas
+        trajectory = batch.trajectory if isinstance(batch, TrajectoryBatch) else None
+        if trajectory is None:
+            raise ValueError("the batch has no trajectory; use a source of a teacher's trajectories")
+        assert isinstance(batch, TrajectoryBatch)
+        got = batch.sigmas
+        if got is None or len(got) != len(wanted) or any(abs(a - b) > 1e-4 for a, b in zip(got, wanted, strict=True)):
+            told = "unknown sigmas" if got is None else f"sigmas {', '.join(f'{s:.4f}' for s in got)}"
+            raise ValueError(
+                f"trajectories of {told}; expected those of the student's steps, "
+                f"{', '.join(f'{s:.4f}' for s in wanted)}: give the data's shift and steps, or sample them again"
+            )
+        if trajectory.shape[1] != len(wanted):
+            raise ValueError(f"trajectories of {trajectory.shape[1]} states for {len(wanted)} sigmas")
+        return trajectory.to(torch.promote_types(trajectory.dtype, torch.float32)), wanted

@@ -1,0 +1,175 @@
+"""What distribution losses share: noise levels of the scores, and networks that estimate clean latents.
+
+Levels follow arXiv:2311.18828 and its video successors (arXiv:2412.07772, arXiv:2506.08009): one per sample for all of
+its latent frames, uniform, shifted towards noise, and only then clamped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.context import Backend, FullSequence
+from unspool.causal.mask import causal_mask, teacher_forcing_mask
+from unspool.causal.position import Absolute, Cyclic, ReanchoredSink, WindowRelative
+from unspool.causal.visibility import Full, Window
+from unspool.data.batch import Batch
+from unspool.diffusion.schedule import shift_sigma
+from unspool.methods.common import FLOW, BatchPrompts, Contexts, Student
+from unspool.methods.draws import uniform
+from unspool.rollout.guidance import combine
+
+Reads = Literal["all", "noisy_past", "clean_past"]
+"""What a score network sees: the whole clip; the chunks so far, all at one level (diffusion forcing); or its chunk and
+the sample's own clean chunks before it (teacher forcing)."""
+Positions = Absolute | WindowRelative | ReanchoredSink | Cyclic
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreLevels:
+    """The law of a score's noise level.
+
+    Fields: `shift` of the uniform draw; `low`, `high` bounds of sigma, applied after the shift (published: 0.02 and
+    0.98; at shift 5 nine draws in a hundred end at the upper one); `points` > 0 draws u from the grid 0, 1/points, ...
+    as published code does, 0 from the whole interval.
+    """
+
+    shift: float
+    low: float = 0.02
+    high: float = 0.98
+    points: int = 1000
+
+    def __post_init__(self) -> None:
+        shift_sigma(0.5, self.shift)
+        if not 0.0 < self.low < self.high <= 1.0:
+            raise ValueError(f"low={self.low}, high={self.high}: expected 0 < low < high <= 1")
+        if self.points < 0:
+            raise ValueError(f"points={self.points}: expected a number of grid points, or 0 for none")
+
+    def of(self, level: Tensor) -> Tensor:
+        """Sigma of draws `level` in [0, 1), before shift and clamp."""
+        return shift_sigma(level.double(), self.shift).clamp(self.low, self.high)
+
+    def draw(self, size: int, rng: torch.Generator, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """Sigmas [size, 1], float64 on the CPU; `bounds` of the draw before the shift, the upper one excluded."""
+        low, high = bounds
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(f"bounds={bounds}: expected 0 <= low < high <= 1")
+        u = uniform((size, 1), rng)
+        if self.points:
+            first, last = round(low * self.points), max(round(high * self.points), round(low * self.points) + 1)
+            u = (first + (u * (last - first)).floor()) / self.points
+        else:
+            u = low + u * (high - low)
+        return self.of(u)
+
+
+class Conditioner:
+    """Prompts of a batch as text states, from an encoder that does not learn or as the batch brings them.
+
+    Args: `text` maps captions to states [n, rows, channels], frozen here; `null_text` [rows, channels] the empty
+    caption's states, for batches with ready-made text.
+    """
+
+    def __init__(self, text: nn.Module | None = None, null_text: Tensor | None = None) -> None:
+        if text is not None:
+            text.requires_grad_(False)
+        self._reader = Student(nn.Identity(), text, null_text)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[BatchPrompts, BatchPrompts]:
+        """(prompts, the unconditional ones), both as states [b, prompts, rows, channels] with the batch's index."""
+        kept = torch.zeros(len(batch), dtype=torch.bool)
+        found = []
+        for dropped in (kept, ~kept):
+            prompts = self._reader.prompts_of(batch, dropped)
+            # the index stays even where each sample has one prompt: all ranks shall do the same work
+            found.append(BatchPrompts(states=self._reader.states_of(prompts), index=batch.prompt_index))
+        return found[0], found[1]
+
+    def text_of(self, captions: list[str]) -> Tensor:
+        """States [n, rows, channels] of captions; only where there is an encoder."""
+        return self._reader.text(captions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """How a network is asked for its estimate of clean latents.
+
+    Fields: `guidance_from_uncond`: s in uncond + s (cond - uncond), 1 for none. Published DMD code states g of
+    cond + g (cond - uncond), which is s = 1 + g. `reads`; for a causal one `plan`, `visibility`, `positions` as it was
+    trained; `backend` of the masked attention.
+    """
+
+    guidance_from_uncond: float = 1.0
+    reads: Reads = "all"
+    plan: ChunkPlan | None = None
+    visibility: Full | Window = field(default_factory=Full)
+    positions: Positions = field(default_factory=Absolute)
+    backend: Backend = "slices"
+
+    def __post_init__(self) -> None:
+        if self.reads not in get_args(Reads):
+            raise ValueError(f"reads={self.reads!r}: expected one of {', '.join(get_args(Reads))}")
+        if (self.plan is None) != (self.reads == "all"):
+            raise ValueError(
+                f"reads={self.reads!r} with plan={self.plan}: a causal score needs a plan, 'all' takes none"
+            )
+        if not self.guidance_from_uncond >= 0.0:
+            raise ValueError(f"guidance_from_uncond={self.guidance_from_uncond}: expected 0 or more, 1 for none")
+
+
+class Score:
+    """Clean latents as a network estimates them from noised ones, with guidance."""
+
+    def __init__(self, config: ScoreConfig, network: Student) -> None:
+        self.config, self.network = config, network
+        self._contexts = Contexts(self._context)
+
+    def _context(self, frames: int) -> FullSequence:
+        c = self.config
+        if c.plan is None:
+            return FullSequence(frames)
+        if c.reads == "noisy_past":
+            mask = causal_mask(c.plan, frames, c.visibility, c.positions)
+            return FullSequence(frames, mask, backend=c.backend)
+        mask = teacher_forcing_mask(c.plan, frames, c.visibility, c.positions)
+        return FullSequence(2 * frames, mask, backend=c.backend)
+
+    def velocity(self, x: Tensor, sigma: Tensor, prompts: BatchPrompts, clean: Tensor) -> Tensor:
+        """The network's prediction for `x` [b, t, c, h, w] at `sigma` [b, 1], in the dtype of x. `clean`, the sample
+        that was noised, is read by `clean_past` alone."""
+        frames = x.shape[1]
+        context, levels = self._contexts[frames], sigma.expand(-1, frames).to(torch.float32)
+        if self.config.reads != "clean_past":
+            return self.network(x, levels, prompts, context).to(x.dtype)
+        both = torch.cat([clean.to(x.dtype), x], dim=1)
+        levels = torch.cat([torch.zeros_like(levels), levels], dim=1)
+        return self.network(both, levels, prompts.doubled(), context)[:, frames:].to(x.dtype)
+
+    def x0(self, x: Tensor, sigma: Tensor, prompts: BatchPrompts, uncond: BatchPrompts, clean: Tensor) -> Tensor:
+        """The guided estimate, both branches in one forward."""
+        scale = self.config.guidance_from_uncond
+        if scale == 1.0:
+            return FLOW.to_x0(x, self.velocity(x, sigma, prompts, clean), sigma)
+        twice = [torch.cat([value, value]) for value in (x, sigma, clean)]
+        cond_part, uncond_part = self.velocity(twice[0], twice[1], joined(prompts, uncond), twice[2]).chunk(2)
+        return FLOW.to_x0(x, combine(cond_part, uncond_part, scale), sigma)
+
+
+def joined(first: BatchPrompts, second: BatchPrompts) -> BatchPrompts:
+    """Two batches of prompts behind each other; states of fewer prompts or rows are padded with zeros."""
+    assert first.states is not None and second.states is not None
+    prompts, rows = (max(first.states.shape[i], second.states.shape[i]) for i in (1, 2))
+    parts = [
+        nn.functional.pad(s, (0, 0, 0, rows - s.shape[2], 0, prompts - s.shape[1]))
+        for s in (first.states, second.states)
+    ]
+    index = None if first.index is None or second.index is None else torch.cat([first.index, second.index])
+    if index is None and (first.index is not None or second.index is not None):
+        raise ValueError("one batch of prompts has an index of latent frames and the other has none")
+    return replace(first, states=torch.cat(parts), index=index)

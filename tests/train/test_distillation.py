@@ -1,0 +1,73 @@
+"""Distillation in the loop: resumed to the bit, two ranks as one, and networks that only follow."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ranks, stored_tensors
+from toy_distillation import DistilRecipe, network, recipe, tensors, train
+
+from unspool.methods.dmd import DistributionMatching
+from unspool.train.loop import Trainer
+
+KINDS = ["causvid", "self_forcing", "through_kv", "sid", "consistency", "ode"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_distillation_has_the_bits_of_an_uninterrupted_one(kind: str, tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", f"kind={kind}")
+    train(tmp_path / "legs", f"kind={kind}", "train.save_every=3", "train.keep=9")
+    shutil.rmtree(tmp_path / "legs" / "checkpoints" / "step-00000006")  # as if it had ended at step 3
+    (tmp_path / "legs" / "checkpoints" / "latest").write_text("step-00000003\n")
+    (tmp_path / "legs" / "student.safetensors").unlink()
+    trainer = Trainer(recipe(f"kind={kind}", "train.save_every=3", "train.keep=9"), tmp_path / "legs", show=False)
+    assert trainer.step == 3
+    trainer.run()
+    one, other = tensors(whole), tensors(trainer)
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_student_learns_and_the_teacher_does_not(kind: str, tmp_path: Path) -> None:
+    trainer = Trainer(recipe(f"kind={kind}"), tmp_path, show=False)
+    before = {name: p.detach().clone() for name, p in trainer.method.networks["student"].named_parameters()}
+    trainer.run()
+    after = dict(trainer.method.networks["student"].named_parameters())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for frozen in getattr(trainer.method, "frozen", {}).values():
+        kept = dict(frozen.backbone.named_parameters())
+        assert all(torch.equal(kept[name], p) for name, p in network(2).named_parameters())
+        assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_a_follower_is_the_average_of_what_it_follows(tmp_path: Path) -> None:
+    trainer = Trainer(recipe("kind=consistency", "train.steps=1"), tmp_path, show=False)
+    name, start = next(iter(network(1).named_parameters()))
+    trainer.run()
+    student = dict(trainer.method.networks["student"].named_parameters())[f"backbone.{name}"]
+    follower = trainer.state.followers["average"].network.get_parameter(f"backbone.{name}")
+    torch.testing.assert_close(follower, 0.9 * start + 0.1 * student)
+    assert f"follow/average/backbone.{name}" in trainer.state.tensors()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_are_one(kind: str, tmp_path: Path) -> None:
+    overrides = (f"kind={kind}", "train.steps=2")
+    assert ranks(2, tmp_path / "two", *overrides, module="toy_distillation") == [0, 0]
+    train(tmp_path / "one", *overrides)
+    one, two = stored_tensors(tmp_path / "one"), stored_tensors(tmp_path / "two")
+    weights = [name for name in one if name.startswith("model/")]
+    worst = max((one[name] - two[name]).abs().max().item() for name in weights)
+    assert worst <= 1e-5
+
+
+def test_a_rollout_learns_under_autocast(tmp_path: Path) -> None:
+    """bf16 activations beside fp32 weights and caches."""
+    trainer = train(tmp_path, "kind=self_forcing", "train.dtype=bf16", "train.steps=3")
+    assert trainer.state.skipped == 0 and isinstance(trainer.method, DistributionMatching)
+    assert isinstance(trainer.recipe, DistilRecipe)
