@@ -91,9 +91,10 @@ class Conditioner:
             found.append(BatchPrompts(states=self._reader.states_of(prompts), index=batch.prompt_index))
         return found[0], found[1]
 
-    def text_of(self, captions: list[str]) -> Tensor:
-        """States [n, rows, channels] of captions; only where there is an encoder."""
-        return self._reader.text(captions)
+    @property
+    def text(self) -> nn.Module:
+        """The encoder. Raises AttributeError where batches bring their text states."""
+        return self._reader.text
 
 
 @dataclass(frozen=True, kw_only=True)

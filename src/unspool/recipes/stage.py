@@ -44,7 +44,7 @@ def codec_64() -> CodecRecipe:
             l1=0.2, mse=2.0, noise=0.1, latent_penalty=1e-5, focus="deviation", focus_strength=2.0,
             crop_px=32, crop_share=0.8,
         ),
-        train=_train(
+        train=train_config(
             steps=14_000, batch=16, lr=2e-3, decay=0.998, curve="cosine", keep_adamw=("encoder.0", "decoder.16")
         ),
     )  # fmt: skip
@@ -52,7 +52,9 @@ def codec_64() -> CodecRecipe:
 
 def text_64() -> TextRecipe:
     """Text encoder of the stage: slots that state the sky and each sprite, from captions alone."""
-    return TextRecipe(text=caption_config(), train=_train(steps=2500, batch=64, lr=1e-3, decay=0.99, curve="linear"))
+    return TextRecipe(
+        text=caption_config(), train=train_config(steps=2500, batch=64, lr=1e-3, decay=0.99, curve="linear")
+    )
 
 
 def teacher_64() -> TeacherRecipe:
@@ -61,23 +63,23 @@ def teacher_64() -> TeacherRecipe:
     Legs of 3 and 9 latent frames first: what a scene looks like is learnt where a clip costs least.
     """
     return TeacherRecipe(
-        network=_network(dim=256, layers=8, heads=4),
+        network=network_64(),
         text="runs/stage-64/text.safetensors", data="runs/stage-64/latents",
         short=ShortClips(legs=((3, 1000), (9, 4500))),
         method=FlowMatchingConfig(sigma=towards_noise(), weight="none", drop_text=0.1),
-        train=_train(steps=6300, batch=32, lr=1e-3, muon_lr=1.5e-3, decay=0.999, curve="wsd", compile=True),
+        train=train_config(steps=6300, batch=32, lr=1e-3, muon_lr=1.5e-3, decay=0.999, curve="wsd", compile=True),
     )  # fmt: skip
 
 
 def student_64() -> StudentRecipe:
     """Causal many-step student of the 64 px stage: the teacher's weights, teacher forcing over chunks of 3."""
     return StudentRecipe(
-        network=_network(dim=256, layers=8, heads=4),
+        network=network_64(),
         text="runs/stage-64/text.safetensors", data="runs/stage-64/latents",
         start="runs/stage-64/teacher/student.safetensors",
         short=ShortClips(legs=((9, 1500),)),
         method=_teacher_forcing(),
-        train=_train(steps=2200, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.999, curve="wsd", compile=True),
+        train=train_config(steps=2200, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.999, curve="wsd", compile=True),
     )  # fmt: skip
 
 
@@ -93,36 +95,42 @@ def codec_128() -> CodecRecipe:
             l1=0.2, mse=2.0, noise=0.1, latent_penalty=1e-5, focus="deviation", focus_strength=2.0,
             crop_px=64, crop_share=0.8,
         ),
-        train=_train(steps=12_000, batch=64, lr=2e-3, decay=0.998, curve="cosine"),
+        train=train_config(steps=12_000, batch=64, lr=2e-3, decay=0.998, curve="cosine"),
     )  # fmt: skip
 
 
 def teacher_128() -> TeacherRecipe:
     """Bidirectional teacher of the 128 px stage: 20 M parameters, 64 tokens per latent frame, one GPU."""
     return TeacherRecipe(
-        size_px=128, network=_network(dim=384, layers=8, heads=6),
+        size_px=128, network=network(dim=384, layers=8, heads=6),
         text="runs/stage-128/text.safetensors", data="runs/stage-128/latents",
         short=ShortClips(legs=((3, 4000), (9, 3000))),
         method=FlowMatchingConfig(sigma=towards_noise(), weight="none", drop_text=0.1),
-        train=_train(steps=16_000, batch=64, lr=1.5e-3, decay=0.999, curve="wsd", compile=True),
+        train=train_config(steps=16_000, batch=64, lr=1.5e-3, decay=0.999, curve="wsd", compile=True),
     )  # fmt: skip
 
 
 def student_128() -> StudentRecipe:
     """Causal many-step student of the 128 px stage."""
     return StudentRecipe(
-        size_px=128, network=_network(dim=384, layers=8, heads=6),
+        size_px=128, network=network(dim=384, layers=8, heads=6),
         text="runs/stage-128/text.safetensors", data="runs/stage-128/latents",
         start="runs/stage-128/teacher/student.safetensors",
         method=_teacher_forcing(),
-        train=_train(steps=6000, batch=48, lr=1e-3, decay=0.999, curve="wsd", compile=True),
+        train=train_config(steps=6000, batch=48, lr=1e-3, decay=0.999, curve="wsd", compile=True),
     )  # fmt: skip
 
 
-def _train(
+def network_64() -> WanConfig:
+    """Sizes of all networks of the 64 px stage."""
+    return network(dim=256, layers=8, heads=4)
+
+
+def train_config(
     *, steps: int, batch: int, lr: float, decay: float, curve: LrSchedule, muon_lr: float | None = None,
     compile: bool = False, keep_adamw: Names = (),
 ) -> TrainConfig:  # fmt: skip
+    """How every training of the stage is run."""
     return TrainConfig(
         steps=steps, batch=batch, compile=compile, log_every=50, save_minutes=10.0, ema=EmaConfig(decay=decay),
         optim=OptimConfig(
@@ -132,7 +140,8 @@ def _train(
     )  # fmt: skip
 
 
-def _network(*, dim: int, layers: int, heads: int) -> WanConfig:
+def network(*, dim: int, layers: int, heads: int) -> WanConfig:
+    """A Wan network for the stage's latents and captions."""
     text = caption_config()
     return WanConfig(
         dim=dim, ffn_dim=4 * dim, num_layers=layers, num_heads=heads, in_channels=LATENT_CHANNELS,
@@ -149,5 +158,6 @@ def _teacher_forcing() -> TeacherForcingConfig:
 
 
 __all__ = [
-    "CLIP", "codec_64", "codec_128", "student_64", "student_128", "teacher_64", "teacher_128", "text_64",
+    "CLIP", "codec_64", "codec_128", "network", "network_64", "student_64", "student_128", "teacher_64", "teacher_128",
+    "text_64", "train_config",
 ]  # fmt: skip

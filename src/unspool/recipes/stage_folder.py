@@ -15,6 +15,7 @@ from unspool.recipes.stage_parts import CHUNK, CLIP
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from unspool.methods.samples import StepList
     from unspool.models.wan.config import WanConfig
 
 STEPS = {"causal": 25, "bidirectional": 50}
@@ -45,9 +46,10 @@ def write_folder(
     text: str | os.PathLike[str],
     provenance: Mapping[str, Any] | None = None,
     card: str | None = None,
+    few: StepList | None = None,
 ) -> ModelSpec:
-    """Write the folder of a student ("causal") or teacher. `weights` has keys `backbone.*` and `text.*`, as trained;
-    the network's are stored in bfloat16."""
+    """Write the folder of a student ("causal") or teacher. `weights` has keys `backbone.*` and, where the text encoder
+    was trained along, `text.*`; the network's are stored in bfloat16. `few`: the steps of a distilled student."""
     import torch
 
     from unspool.models.caption import CaptionEncoder
@@ -56,8 +58,10 @@ def write_folder(
 
     transformer, encoder = WanTransformer(network), CaptionEncoder.from_single_file(text)
     for module, prefix in ((transformer, "backbone."), (encoder, "text.")):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    spec = describe_model(kind=kind, size_px=size_px, transformer=Part(kind="wan"), provenance=provenance)
+        own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        if own or prefix == "backbone.":
+            module.load_state_dict(own)
+    spec = describe_model(kind=kind, size_px=size_px, transformer=Part(kind="wan"), provenance=provenance, few=few)
     return save_model_folder(
         folder,
         spec,
@@ -74,16 +78,20 @@ def describe_model(
     size_px: int,
     transformer: Part,
     provenance: Mapping[str, Any] | None = None,
+    few: StepList | None = None,
 ) -> ModelSpec:
-    """How a stage network is run, as `model.json` states it; files are filled in when it is saved."""
+    """How a stage network is run, as `model.json` states it; files are filled in when it is saved. `few`: the steps of
+    a distilled student, which has its guidance inside."""
+    schedule = uniform(STEPS[kind], shift=SHIFT) if few is None else few.schedule
     return ModelSpec(
         name="stage" if kind == "causal" else "stage-teacher",
         kind=kind,
         transformer=transformer, codec=Part(kind="taehv"), text=Part(kind="caption"),
         height_px=size_px, width_px=size_px, fps=16.0, geometry=Geometry(), clip=CLIP,
         rollout=RolloutSettings(
-            chunk=CHUNK, window=WINDOW, sink=SINK, sigmas=uniform(STEPS[kind], shift=SHIFT).sigmas, solver="euler",
-            shift=SHIFT, guidance_scale=GUIDANCE, sigma_commit=0.0, switch_policy="keep",
+            chunk=CHUNK, window=WINDOW, sink=SINK, sigmas=schedule.sigmas, conditioning=schedule.conditioning,
+            solver="few_step" if few else "euler", shift=None if few else SHIFT,
+            guidance_scale=1.0 if few else GUIDANCE, sigma_commit=0.0, switch_policy="keep",
             positions="relative" if kind == "causal" else "absolute",
         ),
         seconds=5.0,

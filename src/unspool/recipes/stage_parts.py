@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from unspool.data.batch import Source
     from unspool.methods.base import Method
+    from unspool.methods.samples import StepList
     from unspool.models.caption import CaptionEncoder
     from unspool.models.wan.network import WanTransformer
     from unspool.train.callbacks import Callback
@@ -109,6 +110,11 @@ class LatentRecipe(Recipe):
     kind: ClassVar[Literal["causal", "bidirectional"]] = "bidirectional"
     harmless: ClassVar[tuple[str, ...]] = ("watch",)
 
+    @property
+    def few(self) -> StepList | None:
+        """The steps of a distilled student, None for a many-step network."""
+        return None
+
     def callbacks(self) -> Sequence[Callback]:
         """Samples and their scores, where `watch.codec` names the codec that decodes them."""
         if not self.watch.codec:
@@ -116,7 +122,7 @@ class LatentRecipe(Recipe):
         from unspool.recipes.stage_watch import Watch
         from unspool.train.callbacks import Every
 
-        return (Every(self.watch.every, Watch(self.watch, kind=self.kind, size_px=self.size_px)),)
+        return (Every(self.watch.every, Watch(self.watch, kind=self.kind, size_px=self.size_px, few=self.few)),)
 
     def student_parts(self, device: torch.device) -> tuple[WanTransformer, CaptionEncoder]:
         """The network and its text encoder on `device`."""

@@ -16,6 +16,7 @@ from unspool.recipes.stage_folder import describe_model
 from unspool.recipes.stage_watch_config import WatchConfig
 
 if TYPE_CHECKING:
+    from unspool.methods.samples import StepList
     from unspool.train.loop import Trainer
 
 WATCHED = ("adherence", "strict", "colour", "shape", "motion", "size", "sky", "presence", "extra", "permanence", "psnr")
@@ -24,25 +25,37 @@ WATCHED = ("adherence", "strict", "colour", "shape", "motion", "size", "sky", "p
 class Watch:
     """Called with the trainer: samples, writes `samples/step-N.png` and `samples/step-N.txt`, returns the scores."""
 
-    def __init__(self, config: WatchConfig, *, kind: Literal["causal", "bidirectional"], size_px: int) -> None:
+    def __init__(
+        self,
+        config: WatchConfig,
+        *,
+        kind: Literal["causal", "bidirectional"],
+        size_px: int,
+        few: StepList | None = None,
+    ) -> None:
         from unspool.models.taehv import Taehv
 
         if config.clips < 2 or config.clips % 2:
             raise ValueError(f"watch.clips={config.clips}: expected an even number of at least 2")
-        self.config, self.kind, self.size_px = config, kind, size_px
+        self.config, self.kind, self.size_px, self.few = config, kind, size_px, few
         self.codec = Taehv.from_single_file(config.codec)
         self.scenes = watched_scenes(config.clips)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         student: Any = trainer.method.networks["student"]
-        spec = describe_model(kind=self.kind, size_px=self.size_px, transformer=Part(kind="wan"))
+        spec = describe_model(kind=self.kind, size_px=self.size_px, transformer=Part(kind="wan"), few=self.few)
+        text = student.text if student.encodes else trainer.method.conditioner.text  # type: ignore[attr-defined]
         pipeline = Pipeline(
-            spec, transformer=student.backbone, codec=self.codec.to(trainer.device), text=student.text, source="watched"
+            spec, transformer=student.backbone, codec=self.codec.to(trainer.device), text=text, source="watched"
         )
         prompts = [scene.prompts[0].caption.text for scene in self.scenes]
         with trainer.autocast():
             videos = pipeline.generate_many(
-                prompts, frames=self.config.frames, steps=self.config.steps, guidance=self.config.guidance, seed=1
+                prompts,
+                frames=self.config.frames,
+                steps=None if self.few else self.config.steps,
+                guidance=None if self.few else self.config.guidance,
+                seed=1,
             )
         frames = [video.frames for video in videos]
         if trainer.world.is_main:

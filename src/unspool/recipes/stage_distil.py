@@ -1,0 +1,162 @@
+"""From the many-step student of the stage to a few-step one: consistency, stored paths, distribution matching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from unspool.methods.common import Student
+from unspool.methods.consistency import ConsistencyConfig
+from unspool.methods.dmd import DmdConfig
+from unspool.methods.ode_regression import OdeRegressionConfig
+from unspool.methods.samples import NoisedDataConfig, OnPolicyConfig, StepList
+from unspool.methods.scores import ScoreConfig, ScoreLevels
+from unspool.recipes.stage import network_64, train_config
+from unspool.recipes.stage_folder import GUIDANCE, SHIFT
+from unspool.recipes.stage_parts import CLIP, LatentRecipe, chunks
+
+if TYPE_CHECKING:
+    import torch
+
+    from unspool.data.batch import Source
+    from unspool.methods.base import Method
+    from unspool.models.caption import CaptionEncoder
+    from unspool.models.wan.network import WanTransformer
+
+FEW_STEPS = StepList(steps=(1000.0, 750.0, 500.0, 250.0), shift=SHIFT)
+"""The four steps of the shipped student."""
+GRID = 24
+"""Steps of the many-step networks while they teach; a multiple of the student's number, at the same shift."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilRecipe(LatentRecipe):
+    """Base: the text encoder is used as it is, and weight files give networks of the student's sizes.
+
+    Fields: `steps` of the student that comes out; `start` its first weights.
+    """
+
+    steps: StepList = FEW_STEPS
+
+    kind: ClassVar[Literal["causal", "bidirectional"]] = "causal"
+
+    @property
+    def few(self) -> StepList | None:
+        return self.steps
+
+    def parts(self, device: torch.device, *files: str) -> tuple[list[WanTransformer], CaptionEncoder]:
+        """A network for each weight file ("" leaves new weights), and the text encoder."""
+        first, text = self.student_parts(device)
+        made = [first, *(self.student_parts(device)[0] for _ in files[1:])]
+        for network, file in zip(made, files, strict=True):
+            load_backbone(network, file)
+        return made, text
+
+
+def load_backbone(network: WanTransformer, file: str) -> None:
+    """Load the `backbone.*` of a training's export, strictly; nothing without a file."""
+    if not file:
+        return
+    from unspool.weights.read import read_checkpoint
+    from unspool.weights.report import load_into
+
+    tensors = read_checkpoint(file).tensors
+    load_into(Student(network), {name: t for name, t in tensors.items() if name.startswith("backbone.")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyRecipe(DistilRecipe):
+    """Causal consistency: `start` is the many-step student, which is teacher, first weights and first average."""
+
+    method: ConsistencyConfig
+
+    def build_method(self, device: torch.device) -> Method:
+        from unspool.methods.consistency import CausalConsistency
+
+        (student, teacher, average), text = self.parts(device, self.start, self.start, self.start)
+        return CausalConsistency(self.method, backbone=student, teacher=teacher, average=average, text=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeRecipe(DistilRecipe):
+    """Regression on a teacher's stored paths; `data` is a folder of trajectories."""
+
+    method: OdeRegressionConfig
+
+    def build_method(self, device: torch.device) -> Method:
+        from unspool.methods.ode_regression import OdeRegression
+
+        (student,), text = self.parts(device, self.start)
+        return OdeRegression(self.method, backbone=student, text=text)
+
+    def build_source(self) -> Source:
+        from unspool.data.shards import LatentShardsConfig
+        from unspool.data.trajectories import TrajectoryShards
+
+        return TrajectoryShards(LatentShardsConfig(path=self.data, in_memory=self.in_memory))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmdRecipe(DistilRecipe):
+    """Distribution matching: `teacher` gives the score of the data and the critic's first weights."""
+
+    method: DmdConfig
+    teacher: str
+
+    def build_method(self, device: torch.device) -> Method:
+        from unspool.methods.dmd import DistributionMatching
+
+        (student, teacher, critic), text = self.parts(device, self.start, self.teacher, self.teacher)
+        return DistributionMatching(self.method, backbone=student, teacher=teacher, critic=critic, text=text)
+
+
+_HOME = "runs/stage-64"
+
+
+def consistency_64() -> ConsistencyRecipe:
+    """Few-step initialisation of the 64 px stage: the many-step student taught to jump, guidance included."""
+    return ConsistencyRecipe(
+        network=network_64(), text=f"{_HOME}/text.safetensors", data=f"{_HOME}/latents",
+        start=f"{_HOME}/student/student.safetensors",
+        method=ConsistencyConfig(grid=GRID, shift=SHIFT, guidance_from_uncond=GUIDANCE, plan=chunks(), decay=0.95),
+        train=train_config(steps=600, batch=16, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True),
+    )  # fmt: skip
+
+
+def ode_64() -> OdeRecipe:
+    """Few-step initialisation from stored paths of the bidirectional teacher (CausVid)."""
+    return OdeRecipe(
+        network=network_64(), text=f"{_HOME}/text.safetensors", data=f"{_HOME}/trajectories",
+        start=f"{_HOME}/student/student.safetensors",
+        method=OdeRegressionConfig(steps=FEW_STEPS, plan=chunks()),
+        train=train_config(steps=600, batch=16, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True),
+    )  # fmt: skip
+
+
+def self_forcing_64() -> DmdRecipe:
+    """The shipped few-step student: its own rollouts against the bidirectional teacher (Self-Forcing)."""
+    sample = OnPolicyConfig(steps=FEW_STEPS, plan=chunks(), frames=CLIP, latent_size=(8, 8))
+    return _dmd(sample)
+
+
+def causvid_64() -> DmdRecipe:
+    """The same loss on noised data (CausVid)."""
+    return _dmd(NoisedDataConfig(steps=FEW_STEPS, plan=chunks()))
+
+
+def _dmd(sample: OnPolicyConfig | NoisedDataConfig) -> DmdRecipe:
+    train = train_config(steps=1500, batch=16, lr=1e-4, muon_lr=2e-4, decay=0.99, curve="wsd", compile=True)
+    return DmdRecipe(
+        network=network_64(), text=f"{_HOME}/text.safetensors", data=f"{_HOME}/latents",
+        start=f"{_HOME}/few/student.safetensors", teacher=f"{_HOME}/teacher/student.safetensors",
+        method=DmdConfig(
+            sample=sample, levels=ScoreLevels(shift=SHIFT), teacher=ScoreConfig(guidance_from_uncond=GUIDANCE), ratio=5,
+        ),
+        train=replace(train, critic=replace(train.optim, lr=2e-4, muon_lr=4e-4)),
+    )  # fmt: skip
+
+
+__all__ = [
+    "FEW_STEPS", "ConsistencyRecipe", "DistilRecipe", "DmdRecipe", "OdeRecipe", "causvid_64",
+    "consistency_64", "ode_64", "self_forcing_64",
+]  # fmt: skip

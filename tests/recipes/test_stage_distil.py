@@ -1,0 +1,108 @@
+"""The stage's distillation recipes, each for a few steps over a tiny network and random latents."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unspool.config import apply_overrides, locate
+from unspool.data.shard_format import ShardHeader
+from unspool.data.shard_writer import ShardWriter
+from unspool.data.shards import LatentShards, LatentShardsConfig
+from unspool.data.trajectories import TrajectoryConfig, sample_trajectory, write_trajectories
+from unspool.diffusion.schedule import uniform
+from unspool.models.caption import CaptionConfig, CaptionEncoder
+from unspool.models.wan.config import WanConfig
+from unspool.models.wan.network import WanTransformer
+from unspool.recipes import RECIPES
+from unspool.recipes.stage_distil import FEW_STEPS, GRID, DistilRecipe
+from unspool.recipes.stage_folder import SHIFT, describe_model
+from unspool.train.loop import Trainer
+
+CAPTIONS = ("a red ball bounces", "a blue star rests")
+SIZES = ("network.dim=16", "network.ffn_dim=32", "network.num_layers=1", "network.num_heads=2", "network.text_dim=8",
+         "network.text_len=6")  # fmt: skip
+SMALL = ("train.steps=2", "train.batch=2", "train.compile=false", "train.log_every=1", "train.dtype=fp32",
+         "in_memory=false", *SIZES)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text.safetensors, latents, trajectories and weights of a student and a teacher."""
+    folder = tmp_path_factory.mktemp("stage")
+    torch.manual_seed(0)
+    words = ("a", "red", "ball", "bounces", "blue", "star", "rests")
+    CaptionEncoder(CaptionConfig(words=words, dim=8, out_dim=8, layers=1, heads=2, rows=5, slots=1)).save(
+        folder / "text.safetensors"
+    )
+    network = WanTransformer(
+        WanConfig(dim=16, ffn_dim=32, num_layers=1, num_heads=2, in_channels=16, out_channels=16, text_dim=8,
+                  text_len=6, freq_dim=128)
+    )  # fmt: skip
+    for role in ("student", "teacher"):
+        weights = {f"backbone.{name}": t + 0.05 * torch.randn_like(t) for name, t in network.state_dict().items()}
+        save_file(weights, folder / f"{role}.safetensors")
+    header = ShardHeader(
+        codec="none", codec_sha256=None, normalisation="none", dtype="float32", fps=16.0, num_frames=81, height_px=64,
+        width_px=64, latent_shape=(16, 8, 8), frames_rule="1 + 4k",
+    )  # fmt: skip
+    with ShardWriter(folder / "latents", header) as writer:
+        for item in range(4):
+            index = [0] * 10 + [1] * 11 if item % 2 else [0] * 21
+            writer.add(item, torch.randn(21, 16, 8, 8), CAPTIONS[: 1 + item % 2], prompt_index=index)
+    clips = LatentShards(LatentShardsConfig(path=str(folder / "latents")))
+    keep = TrajectoryConfig(
+        schedule=uniform(GRID, shift=SHIFT), keep=FEW_STEPS.schedule.sigmas, guidance_from_uncond=1.0
+    )
+
+    def sample(latents: Any, numbers: range) -> Any:
+        states = torch.randn(len(numbers), 5, 21, 16, 8, 8)
+        return states, states[:, -1]
+
+    write_trajectories(sample, clips, folder / "trajectories", keep, count=4, batch=2, teacher={"sha256": "x"})
+    assert sample_trajectory is not None
+    return folder
+
+
+def made(name: str, home: Path, *overrides: str) -> DistilRecipe:
+    recipe = locate(name, RECIPES)()
+    recipe = replace(recipe, text=str(home / "text.safetensors"), start=str(home / "student.safetensors"),
+                     data=str(home / ("trajectories" if name.endswith("ode") else "latents")))  # fmt: skip
+    if hasattr(recipe, "teacher"):
+        recipe = replace(recipe, teacher=str(home / "teacher.safetensors"))
+    return apply_overrides(recipe, [*SMALL, *overrides])
+
+
+@pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "causvid"])
+def test_a_recipe_trains_its_student(name: str, home: Path, tmp_path: Path) -> None:
+    recipe = made(f"stage-64-{name}", home)
+    Trainer(recipe, tmp_path, show=False).run()
+    before, after = load_file(home / "student.safetensors"), load_file(tmp_path / "student.safetensors")
+    assert set(after) == set(before) and any(not torch.equal(after[n], before[n]) for n in before)
+
+
+def test_a_few_step_student_is_described_as_one() -> None:
+    from unspool.engine.model_folder import Part
+
+    spec = describe_model(kind="causal", size_px=64, transformer=Part(kind="wan"), few=FEW_STEPS)
+    assert spec.rollout.steps == 4 and spec.rollout.guidance_scale == 1.0 and spec.rollout.solver == "few_step"
+    assert spec.rollout.config().schedule == FEW_STEPS.schedule
+    with pytest.raises(ValueError, match="distilled to 4 fixed steps"):
+        spec.rollout.changed(steps=8)
+
+
+def test_the_teachers_grid_holds_the_students_steps() -> None:
+    TrajectoryConfig(schedule=uniform(GRID, shift=SHIFT), keep=FEW_STEPS.schedule.sigmas, guidance_from_uncond=3.0)
+
+
+def test_resuming_with_another_recipe_is_refused(home: Path, tmp_path: Path) -> None:
+    Trainer(made("stage-64-causvid", home, "train.steps=1"), tmp_path, show=False).run()
+    with pytest.raises(ValueError, match="is of a recipe DmdRecipe, expected ConsistencyRecipe"):
+        Trainer(made("stage-64-consistency", home), tmp_path, show=False)
+    with pytest.raises(ValueError, match="another training"):
+        Trainer(made("stage-64-self-forcing", home), tmp_path, show=False)
