@@ -87,7 +87,8 @@ class TrainConfig:
     networks that offer it; `log_every` steps; `save_every` steps (0: never), `save_minutes` (0: never), a save at the
     end is always made; `keep` newest checkpoints; `max_minutes` ends the leg with a save (None: no limit);
     `workers` threads prepare batches `ahead` steps in advance; `shard` ranks share one copy of the weights and the
-    groups of them replicate (0: all share).
+    groups of them replicate (0: all share); `frozen_dtype` in which networks are kept that a method only uses (a
+    teacher), `offload` keeps their shards in the host's memory between uses (GPUs under torchrun only).
     """
 
     steps: int
@@ -111,9 +112,12 @@ class TrainConfig:
     workers: int = 1
     ahead: int = 2
     shard: int = 0
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, ("bf16", "fp32"))
+        _choice("frozen_dtype", self.frozen_dtype, ("bf16", "fp32"))
         for name in ("steps", "batch", "accumulate", "max_bad_steps", "log_every", "keep", "workers", "ahead"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")

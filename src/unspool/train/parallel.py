@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 _TIMEOUT = timedelta(minutes=30)
@@ -106,23 +112,25 @@ def start_world(device: str = "auto", *, shard: int = 0) -> World:
     return World(rank=dist.get_rank(), size=size, device=chosen, mesh=mesh, owns_group=owns)
 
 
-def shard_network(network: nn.Module, world: World, *, dtype: torch.dtype | None) -> nn.Module:
+def shard_network(network: nn.Module, world: World, *, dtype: torch.dtype | None, offload: bool = False) -> nn.Module:
     """`fully_shard` every unit that the network's modules name, then the network as a whole, in place.
 
     A module states its units in `fsdp_units()`: modules, or lists of modules that are gathered together, each used
     through its own forward. Weights stay in fp32, are gathered in `dtype` (None: fp32), and gradients are reduced in
-    fp32. Without units the whole network is one. Does nothing in one process.
+    fp32. Without units the whole network is one. `offload` keeps the shards in the host's memory (on GPUs). Does
+    nothing in one process.
     """
     if world.mesh is None:
         return network
     mesh = world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
     # inputs keep their dtype: noise levels and latents rounded to bf16 would be other ones
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    keep = CPUOffloadPolicy() if offload and world.device.type == "cuda" else OffloadPolicy()
     for module in list(network.modules()):
         units = getattr(type(module), "fsdp_units", None)
         for unit in units(module) if units is not None else ():
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=keep)
+    fully_shard(network, mesh=mesh, mp_policy=policy, offload_policy=keep)
     return network
 
 

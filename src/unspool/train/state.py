@@ -21,7 +21,7 @@ from unspool.weights.report import compare
 
 LOOP_FIELDS = (
     "steps", "accumulate", "device", "compile", "gradient_checkpointing", "log_every", "save_every", "save_minutes",
-    "keep", "max_minutes", "max_bad_steps", "workers", "ahead", "shard",
+    "keep", "max_minutes", "max_bad_steps", "workers", "ahead", "shard", "offload",
 )  # fmt: skip
 """Fields of `TrainConfig` that may change when a run is resumed: they change its length, its speed, or rounding."""
 
@@ -41,9 +41,11 @@ class TrainState:
             network.train()
         self.followers: dict[str, Follower] = dict(getattr(method, "followers", {}))
         helpers = {**getattr(method, "frozen", {}), **{name: f.network for name, f in self.followers.items()}}
-        for network in helpers.values():
-            prepare(network.requires_grad_(False), replace(train, gradient_checkpointing=False), world)
-            network.eval()
+        for name, network in helpers.items():
+            network.requires_grad_(False).eval()
+            if name not in self.followers and train.frozen_dtype == "bf16":
+                network.to(torch.bfloat16)
+            prepare(network, replace(train, gradient_checkpointing=False), world, offload=train.offload)
         self.optimizers = {role: RoleOptimizer(net, train.optim_of(role)) for role, net in self.networks.items()}
         averaged = () if train.ema is None else train.ema.roles
         self.averages = {role: Ema(self.optimizers[role].parameters, train.ema) for role in averaged if train.ema}
@@ -136,7 +138,7 @@ class TrainState:
         self.skipped, self.bad_in_a_row = int(counters["skipped"]), int(counters["bad_in_a_row"])
 
 
-def prepare(network: nn.Module, train: TrainConfig, world: World) -> None:
+def prepare(network: nn.Module, train: TrainConfig, world: World, *, offload: bool = False) -> None:
     """Checkpointed activations, compiled blocks, shards: in this order, in place."""
     if train.gradient_checkpointing:
         offering = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
@@ -148,7 +150,7 @@ def prepare(network: nn.Module, train: TrainConfig, world: World) -> None:
             module.gradient_checkpointing = True  # type: ignore[assignment]
     if train.compile:
         compile_backbone(network)
-    shard_network(network, world, dtype=torch.bfloat16 if train.dtype == "bf16" else None)
+    shard_network(network, world, dtype=torch.bfloat16 if train.dtype == "bf16" else None, offload=offload)
 
 
 def require_same(ours: Mapping[str, object], saved: Saved, harmless: tuple[str, ...]) -> None:

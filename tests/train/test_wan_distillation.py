@@ -1,0 +1,57 @@
+"""Distillation at the size of Wan-1.3B: built without memory, and run at toy width on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_wan
+from processes import ranks, stored_tensors
+
+from unspool.config import locate
+from unspool.methods.base import Method
+from unspool.recipes import RECIPES
+
+PARAMETERS = 1_418_996_800
+
+
+@pytest.mark.parametrize("name", toy_wan.NAMES)
+def test_a_recipe_builds_on_the_meta_device(name: str) -> None:
+    recipe: Any = locate(name, RECIPES)()
+    method = recipe.build_method(torch.device("meta"))
+    assert isinstance(method, Method)
+    networks = [*method.networks.values(), *getattr(method, "frozen", {}).values()]
+    networks += [f.network for f in getattr(method, "followers", {}).values()]
+    for network in networks:
+        assert sum(p.numel() for p in network.parameters()) == PARAMETERS
+        assert all(p.is_meta for p in network.parameters())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("wan")
+    toy_wan.data(made)
+    return made
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", toy_wan.NAMES)
+def test_two_ranks_take_two_steps_as_one_does(name: str, folder: Path, tmp_path: Path) -> None:
+    """Sharded over blocks, activations recomputed in the backward."""
+    assert ranks(2, tmp_path / "two", str(folder), name, module="toy_wan") == [0, 0]
+    toy_wan.train(tmp_path / "one", str(folder), name)
+    one, two = stored_tensors(tmp_path / "one"), stored_tensors(tmp_path / "two")
+    assert set(one) == set(two)
+    worst = max((one[n] - two[n]).abs().max().item() for n in one if n.startswith("model/"))
+    assert worst <= 1e-5
+
+
+def test_a_teacher_may_be_kept_in_bf16(folder: Path, tmp_path: Path) -> None:
+    name = "wan-1.3b-self-forcing"
+    trainer = toy_wan.train(tmp_path, str(folder), name, "train.frozen_dtype=bf16", "train.dtype=bf16")
+    method: Any = trainer.method
+    assert next(method.teacher_network.parameters()).dtype == torch.bfloat16
+    assert next(method.student.parameters()).dtype == torch.float32
+    assert trainer.state.skipped == 0
