@@ -19,10 +19,11 @@ from unspool.causal.position import ReanchoredSink
 from unspool.causal.visibility import Full, Window
 from unspool.data.batch import Batch
 from unspool.diffusion.schedule import Schedule
-from unspool.methods import samples as module
+from unspool.methods import on_policy as module
 from unspool.methods.common import BatchPrompts, Student
 from unspool.methods.draws import SampleRng, normal, shared_integer
-from unspool.methods.samples import NoisedDataConfig, OnPolicyConfig, StepList, timeline
+from unspool.methods.on_policy import OnPolicyConfig, timeline
+from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import Conditioner, joined
 from unspool.models.wan.network import WanTransformer
 from unspool.rollout.noise import RecordedNoise
@@ -272,3 +273,85 @@ def test_positions_that_move_keys_are_replayed_too() -> None:
     one = sample(network, on_policy(**moved), 2)
     other = sample(network, on_policy(**moved, through_kv=True), 2)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+class Pixels:
+    """A codec whose pixels are its latents, four times; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.encoded: list[Tensor] = []
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.repeat_interleave(4, dim=1)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        self.encoded.append(pixels)
+        return pixels + 100.0
+
+    def decode_stream(self, latents: Tensor, state: Any) -> Any:
+        raise NotImplementedError
+
+
+def long_sample(config: OnPolicyConfig, seed: int, index: Tensor | None = None) -> Any:
+    network, codec = make_network(), Pixels()
+    given = prompts(0, 1, index=torch.zeros(2, FRAMES, dtype=torch.int64) if index is None else index)
+    made = config.build(codec)(Student(network), Batch(), given, given, torch.Generator().manual_seed(seed))
+    return network, codec, made
+
+
+def test_a_long_rollout_is_scored_at_its_end() -> None:
+    """Its window begins with a latent frame made anew; the first chunk carries no loss, what came before no graph."""
+    long = 0
+    for seed in range(8):
+        network, codec, made = long_sample(on_policy(longest=10, visibility=Window(window=4)), seed)
+        assert made.latents.shape[1] == FRAMES
+        if not codec.encoded:
+            assert made.counted is None
+            continue
+        long += 1
+        assert torch.equal(made.latents[:, :1], codec.encoded[0] + 100.0)
+        assert made.counted.tolist() == [[False, False, True, True, True, True]] * 2
+        weight = network.head.head.weight
+        first, rest = (torch.autograd.grad(x.sum(), weight, retain_graph=True)[0] for x in
+                       (made.latents[:, :1], made.latents[:, 2:]))  # fmt: skip
+        assert not first.any() and rest.any()
+    assert 2 <= long < 8
+
+
+def test_the_end_of_a_long_rollout_is_that_of_the_stream() -> None:
+    config = on_policy(longest=10, visibility=Window(window=4, sink=2))
+    for seed in range(8):
+        rng = torch.Generator().manual_seed(seed)
+        last, lead = shared_integer(4, rng), 2 * shared_integer(3, rng)
+        shared_integer(1 << 20, rng)
+        shared_integer((lead + FRAMES) // 2 - 1, rng)
+        noise = normal((2, last + 1, lead + FRAMES, CHANNELS, *SIZE), rng)
+        with torch.no_grad():
+            network, _, made = long_sample(config, seed)
+            schedule = Schedule((*STEPS.schedule.sigmas[: last + 1], 0.0))
+            stream = Rollout(
+                network, config.rollout(schedule), text(0), latent_size=SIZE,
+                noise=RecordedNoise(noise[:, 0], noise[:, 1:].transpose(0, 1) if last else None),
+            )  # fmt: skip
+            whole = torch.cat([stream.next_chunk().latents for _ in range((lead + FRAMES) // 2)], 1)
+        torch.testing.assert_close(made.latents[:, 1:], whole[:, lead + 1 :], rtol=0, atol=1e-12)
+
+
+def test_a_long_rollout_may_change_its_prompt_where_the_clip_has_another() -> None:
+    index = torch.tensor([[0, 0, 0, 1, 1, 1], [0] * 6])
+    found = set()
+    for seed in range(12):
+        _, codec, made = long_sample(on_policy(longest=10, switch=1.0), seed, index)
+        follows = made.prompts.index
+        if codec.encoded:
+            assert not follows[1].any() and (follows[0, 1:] >= follows[0, :-1]).all()
+            found.add(tuple(follows[0].tolist()))
+    assert len(found) >= 2
+
+
+def test_long_rollouts_need_a_codec_and_whole_chunks() -> None:
+    with pytest.raises(ValueError, match="need the codec"):
+        on_policy(longest=10).build()
+    for wrong in ({"longest": 9}, {"longest": 10, "through_kv": True}, {"switch": 0.5}):
+        with pytest.raises(ValueError, match=r"whole chunks|through_kv=false|longest above frames"):
+            on_policy(**wrong)

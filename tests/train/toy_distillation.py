@@ -17,7 +17,8 @@ from unspool.methods.base import Method
 from unspool.methods.consistency import CausalConsistency, ConsistencyConfig
 from unspool.methods.dmd import DistributionMatching, Dmd, DmdConfig
 from unspool.methods.ode_regression import OdeRegression, OdeRegressionConfig
-from unspool.methods.samples import NoisedDataConfig, OnPolicyConfig, StepList
+from unspool.methods.on_policy import OnPolicyConfig
+from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import ScoreConfig, ScoreLevels
 from unspool.methods.sid import Sid
 from unspool.models.wan.config import WanConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from unspool.data.batch import Batch
 from unspool.methods.base import StepResult
 from unspool.methods.common import FLOW, Student, noise_like, velocity_loss
-from unspool.methods.samples import NoisedDataConfig, OnPolicyConfig, Sample, Sampler
+from unspool.methods.on_policy import OnPolicyConfig
+from unspool.methods.samples import NoisedDataConfig, Sample, Sampler
 from unspool.methods.scores import Conditioner, Score, ScoreConfig, ScoreLevels
 from unspool.methods.sid import Sid
+from unspool.models.base import Codec
 
 
 class DistributionLoss(Protocol):
@@ -127,8 +129,8 @@ class DistributionMatching:
 
     Args: `backbone` the student; `teacher`, `critic` networks of the same latents, the critic begins as the teacher's
     copy; `text` a caption encoder, which does not learn here, or None for batches with text states, then with
-    `null_text` [rows, channels]; `sampler` instead of what `config.sample` builds. Raises ValueError where the networks
-    do not fit each other.
+    `null_text` [rows, channels]; `sampler` instead of what `config.sample` builds; `codec` for rollouts longer than
+    what is scored. Raises ValueError where the networks do not fit each other.
     """
 
     def __init__(
@@ -141,13 +143,14 @@ class DistributionMatching:
         text: nn.Module | None = None,
         null_text: Tensor | None = None,
         sampler: Sampler | None = None,
+        codec: Codec[Any] | None = None,
     ) -> None:
         same_latents(student=backbone, teacher=teacher, critic=critic)
         self.config = config
         self.student, self.critic_network = Student(backbone), Student(critic)
         self.teacher_network = Student(teacher.requires_grad_(False))
         self.conditioner = Conditioner(text, null_text)
-        self.sampler = sampler or config.sample.build()
+        self.sampler = sampler or config.sample.build(codec)
         self.teacher = Score(config.teacher, self.teacher_network)
         self.critic = Score(config.critic, self.critic_network)
 

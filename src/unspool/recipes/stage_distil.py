@@ -9,7 +9,8 @@ from unspool.methods.common import Student
 from unspool.methods.consistency import ConsistencyConfig
 from unspool.methods.dmd import DmdConfig
 from unspool.methods.ode_regression import OdeRegressionConfig
-from unspool.methods.samples import NoisedDataConfig, OnPolicyConfig, StepList
+from unspool.methods.on_policy import OnPolicyConfig
+from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import ScoreConfig, ScoreLevels
 from unspool.recipes.stage import network_64, train_config
 from unspool.recipes.stage_folder import GUIDANCE, SHIFT

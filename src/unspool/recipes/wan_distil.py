@@ -17,7 +17,8 @@ from unspool.causal.visibility import Window
 from unspool.methods.consistency import ConsistencyConfig
 from unspool.methods.dmd import DmdConfig
 from unspool.methods.ode_regression import OdeRegressionConfig
-from unspool.methods.samples import NoisedDataConfig, OnPolicyConfig, StepList
+from unspool.methods.on_policy import OnPolicyConfig
+from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import ScoreConfig, ScoreLevels
 from unspool.models.wan.config import WanConfig
 from unspool.presets.data import WAN21_1_3B
