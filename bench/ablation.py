@@ -1,0 +1,268 @@
+"""Which part of the distillation does what? The papers' ablations on a reduced stage: one sprite, a small network.
+
+    python bench/ablation.py --out runs/ablation --seeds 3            all arms; run again to continue
+    python bench/ablation.py --out runs/ablation --arms ode,full      some of them
+    python bench/ablation.py --out runs/ablation --table              what is there so far
+
+Needs the codec and the text encoder of the 64 px stage (`unspool stage-model --until text`). Base networks and data are
+made once per seed. Every arm starts from the same weights, sees the same clips and the same prompts, and is judged on
+the same prompts and noise; arms differ in what their line says. Last line of the output: JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unspool.config import apply_overrides
+from unspool.data.encoding import encode_source, load_file_or_name
+from unspool.data.stage import StageClips
+from unspool.data.worlds.stage import StageConfig
+from unspool.methods.consistency import ConsistencyConfig
+from unspool.methods.dmd import DmdConfig
+from unspool.methods.ode_regression import OdeRegressionConfig
+from unspool.methods.on_policy import OnPolicyConfig
+from unspool.methods.samples import NoisedDataConfig, StepList
+from unspool.methods.scores import ScoreConfig, ScoreLevels
+from unspool.models.wan.config import WanConfig
+from unspool.recipes.stage import network, student_64, teacher_64, train_config
+from unspool.recipes.stage_distil import ConsistencyRecipe, DmdRecipe, OdeRecipe
+from unspool.recipes.stage_folder import GUIDANCE, SHIFT, write_folder
+from unspool.recipes.stage_parts import ShortClips, chunks
+from unspool.recipes.stage_paths import PathsConfig, write_stage_paths
+from unspool.train.loop import Trainer
+
+FRAMES, LATENTS, SIZE = 33, 9, (8, 8)
+STAGE = StageConfig(sprites=(1.0,), events=(1.0,))
+LISTS = {1: (1000.0,), 2: (1000.0, 500.0), 4: (1000.0, 750.0, 500.0, 250.0),
+         8: (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)}  # fmt: skip
+PAPER = {
+    "teacher": "many-step bidirectional: 94.6 / 62.7 / 29.6", "causal": "many-step causal: 92.4 / 60.1 / 28.5",
+    "no_init": "few-step without ODE init: 93.4 / 60.6 / 29.4", "ode": "ODE only: 92.9 / 48.1 / 25.3",
+    "causal_teacher": "causal teacher: 91.9 / 61.7 / 28.2", "full": "full: 94.7 / 64.4 / 30.1",
+}  # fmt: skip
+"""CausVid's Table 4 (temporal / frame / text quality): another model, data and metric; only the order compares."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`about` what it changes; `steps` of the student; the rest says how it is made."""
+
+    about: str
+    steps: int = 4
+    init: str = "ode"
+    loss: str = "noised"
+    teacher: str = "bidirectional"
+
+
+ARMS: dict[str, Arm] = {
+    "teacher": Arm("bidirectional, 24 steps with guidance", 24, "", ""),
+    "causal": Arm("causal, teacher forcing, 24 steps with guidance", 24, "", ""),
+    "ode": Arm("ODE regression alone", init="ode", loss=""),
+    "consistency": Arm("causal consistency alone", init="consistency", loss=""),
+    "no_init": Arm("DMD on noised data from the causal network, no few-step init", init=""),
+    "full": Arm("CausVid: ODE init, DMD on noised data, bidirectional teacher"),
+    "causal_teacher": Arm("as full, the score of the causal network", teacher="causal"),
+    "rollout": Arm("Self-Forcing: ODE init, DMD on rollouts", loss="rollout"),
+    "consistency_rollout": Arm("consistency init, DMD on rollouts", init="consistency", loss="rollout"),
+    "rollout_kv": Arm("as rollout, gradients through K/V writing", loss="rollout_kv"),
+    "rollout_1": Arm("as rollout, 1 step", steps=1, loss="rollout"),
+    "rollout_2": Arm("as rollout, 2 steps", steps=2, loss="rollout"),
+    "rollout_8": Arm("as rollout, 8 steps", steps=8, loss="rollout"),
+}
+
+
+class Ablation:
+    """Makes what is missing of an arm, in order: data, teacher, causal network, paths, init, distillation, scores."""
+
+    def __init__(self, out: Path, stage: Path, seed: int, overrides: list[str]) -> None:
+        self.out, self.stage, self.seed, self.overrides = out, stage, seed, overrides
+        self.home = out / f"seed-{seed}"
+        self.latents, self.text = out / "latents", stage / "text.safetensors"
+
+    def own(self, part: str) -> list[str]:
+        """Changes that the command line makes to a part: "train.steps=3" to all, "dmd:train.steps=3" to one."""
+        pairs = [o.partition(":") for o in self.overrides]
+        return [whole[2] if whole[1] else whole[0] for whole in pairs if not whole[1] or whole[0] == part]
+
+    def data(self, clips: int) -> None:
+        codec = load_file_or_name(str(self.stage / "codec.safetensors"), {"Taehv": "unspool.models.taehv:Taehv"})
+        source = StageClips(STAGE, frames=FRAMES)
+        encode_source(source, codec, self.latents, fps=16.0, limit=clips, batch=32, bf16=True)
+
+    def trained(self, name: str, part: str, recipe: Any) -> Path:
+        """Weights of a training, run where it is not finished."""
+        folder = self.home / name
+        file = folder / "student.safetensors"
+        if not file.is_file():
+            began = time.monotonic()
+            recipe = replace(recipe, text=str(self.text), train=replace(recipe.train, seed=self.seed))
+            Trainer(apply_overrides(recipe, self.own(part)), folder, name=name).run()
+            print(f"{self.home.name}: {name} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
+        return file
+
+    def small(self) -> WanConfig:
+        return network(dim=128, layers=6, heads=2)
+
+    def teacher(self) -> Path:
+        recipe = replace(teacher_64(), network=self.small(), data=str(self.latents), short=ShortClips())
+        return self.trained("teacher", "base", replace(recipe, train=replace(recipe.train, steps=4000)))
+
+    def causal(self) -> Path:
+        recipe = replace(student_64(), network=self.small(), data=str(self.latents), short=ShortClips(),
+                         start=str(self.teacher()))  # fmt: skip
+        return self.trained("causal", "base", replace(recipe, train=replace(recipe.train, steps=2000)))
+
+    def paths(self, steps: int) -> Path:
+        folder = self.home / f"paths-{steps}"
+        config = PathsConfig(
+            weights=str(self.teacher()), data=str(self.latents), text=str(self.text), network=self.small(),
+            steps=StepList(steps=LISTS[steps], shift=SHIFT), count=2000,
+        )  # fmt: skip
+        write_stage_paths(config, folder)
+        return folder
+
+    def init(self, arm: Arm) -> Path:
+        if arm.init == "consistency":
+            recipe = ConsistencyRecipe(
+                network=self.small(), text="", data=str(self.latents), start=str(self.causal()),
+                method=ConsistencyConfig(
+                    grid=24, shift=SHIFT, guidance_from_uncond=GUIDANCE, plan=chunks(), decay=0.95
+                ),
+                train=train_config(steps=1500, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.99, curve="wsd", compile=True),
+            )  # fmt: skip
+            return self.trained("consistency", "init", recipe)
+        if arm.init == "ode":
+            steps = StepList(steps=LISTS[arm.steps], shift=SHIFT)
+            ode = OdeRecipe(
+                network=self.small(), text="", data=str(self.paths(arm.steps)), start=str(self.causal()), steps=steps,
+                method=OdeRegressionConfig(steps=steps, plan=chunks()),
+                train=train_config(steps=1500, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.99, curve="wsd", compile=True),
+            )  # fmt: skip
+            return self.trained(f"ode-{arm.steps}", "init", ode)
+        return self.causal()
+
+    def weights(self, name: str, arm: Arm) -> Path:
+        """The weights of an arm."""
+        if name in ("teacher", "causal"):
+            return getattr(self, name)()
+        if not arm.loss:
+            return self.init(arm)
+        steps = StepList(steps=LISTS[arm.steps], shift=SHIFT)
+        sample: OnPolicyConfig | NoisedDataConfig = NoisedDataConfig(steps=steps, plan=chunks())
+        if arm.loss != "noised":
+            sample = OnPolicyConfig(
+                steps=steps, plan=chunks(), frames=LATENTS, latent_size=SIZE, through_kv=arm.loss == "rollout_kv"
+            )
+        score = ScoreConfig(guidance_from_uncond=GUIDANCE)
+        if arm.teacher == "causal":
+            score = replace(score, reads="clean_past", plan=chunks())
+        train = train_config(steps=1500, batch=32, lr=2e-4, muon_lr=4e-4, decay=0.99, curve="wsd", compile=True)
+        recipe = DmdRecipe(
+            network=self.small(), text="", data=str(self.latents), start=str(self.init(arm)), steps=steps,
+            teacher=str(self.causal() if arm.teacher == "causal" else self.teacher()),
+            method=DmdConfig(
+                sample=sample, levels=ScoreLevels(shift=SHIFT), teacher=score, ratio=5,
+                critic=replace(score, guidance_from_uncond=1.0),
+            ),
+            train=replace(train, critic=replace(train.optim, lr=4e-4, muon_lr=8e-4)),
+        )  # fmt: skip
+        return self.trained(name, "dmd", recipe)
+
+    def scores(self, name: str, arm: Arm, prompts: int, streams: int) -> dict[str, Any]:
+        """What the arm makes of the test prompts, kept beside its weights."""
+        from unspool.engine.load import load
+        from unspool.evaluate.protocol import ClipProtocol, StageProtocol, StreamProtocol
+        from unspool.evaluate.report import summarise
+        from unspool.evaluate.runner import Arm as Tested
+        from unspool.evaluate.stage import Evaluation
+        from unspool.weights.read import read_checkpoint
+
+        kept = self.home / "scores" / f"{name}-{prompts}-{streams}.json"
+        if kept.is_file():
+            return json.loads(kept.read_text(encoding="utf-8"))
+        few = None if arm.steps > 8 else StepList(steps=LISTS[arm.steps], shift=SHIFT)
+        folder = self.home / "models" / name
+        write_folder(
+            folder, kind="bidirectional" if name == "teacher" else "causal", size_px=64, network=self.small(),
+            weights=read_checkpoint(self.weights(name, arm)).tensors, codec=self.stage / "codec.safetensors",
+            text=self.text, few=few,
+        )  # fmt: skip
+        config = StageProtocol(
+            stage=STAGE, batch=32,
+            clips=ClipProtocol(prompts=prompts, held_out=0, sprites=(1.0,), frames=FRAMES, unconditional=0),
+            streams=StreamProtocol(prompts=max(streams, 1), seconds=20.0, segment_s=2.0),
+        )  # fmt: skip
+        tested = Tested(name="student", pipeline=load(folder), steps=None if few else arm.steps)
+        evaluation = Evaluation(config, tested, folder=self.home / "evaluation" / name)
+        parts = ("clips", "streams") if streams and name != "teacher" else ("clips",)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not torch.cuda.is_available()):
+            summary = summarise(evaluation, evaluation.run(parts))
+        clips = summary.clips["test"]["student"]["all"]
+        found: dict[str, Any] = {m: clips[m].value for m in ("adherence", "strict", "psnr", "permanence")}
+        found["motion"] = clips["motion_over_truth"].value
+        if summary.streams:
+            ends = summary.streams["student"]
+            found |= {f"{m}_10x": ends[-1][m].value for m in ("adherence", "strict", "psnr")}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return found
+
+
+COLUMNS = ("adherence", "strict", "psnr", "permanence", "motion", "adherence_10x", "strict_10x", "psnr_10x")
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: mean over seeds, and the smallest and largest where there are several."""
+    lines = [f"| arm | {' | '.join(COLUMNS)} | seeds | CausVid, Table 4 |", "|---|" + "---|" * (len(COLUMNS) + 2)]
+    for name, rows in results.items():
+        cells = []
+        for column in COLUMNS:
+            values = [row[column] for row in rows if row.get(column) is not None]
+            spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.3g}{spread}" if values else "")
+        lines.append(f"| {ARMS[name].about} | {' | '.join(cells)} | {len(rows)} | {PAPER.get(name, '')} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--stage", type=Path, default=Path("runs/stage-64"), help="folder of codec and text encoder")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--arms", default=",".join(ARMS), help="names, separated by commas")
+    parser.add_argument("--clips", type=int, default=8000)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--streams", type=int, default=16, help="streams of 20 s, ten times the training length")
+    parser.add_argument("--table", action="store_true", help="show what is there and make nothing")
+    parser.add_argument("overrides", nargs="*", help="a.b=c for all trainings, or base:, init:, dmd: before it")
+    args = parser.parse_args()
+    names = args.arms.split(",")
+    unknown = [name for name in names if name not in ARMS]
+    if unknown:
+        parser.error(f"--arms {unknown[0]}: expected some of {', '.join(ARMS)}")
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(args.seeds):
+        ablation = Ablation(args.out, args.stage, seed, args.overrides)
+        if not args.table:
+            ablation.data(args.clips)
+        for name in names:
+            kept = ablation.home / "scores" / f"{name}-{args.prompts}-{args.streams}.json"
+            if args.table and not kept.is_file():
+                continue
+            results.setdefault(name, []).append(ablation.scores(name, ARMS[name], args.prompts, args.streams))
+            print(f"seed {seed}, {name}: {results[name][-1]}", flush=True)
+    text = table(results)
+    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    print(json.dumps({"prompts": args.prompts, "streams": args.streams, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
