@@ -352,6 +352,30 @@ def test_a_long_rollout_may_change_its_prompt_where_the_clip_has_another() -> No
 def test_long_rollouts_need_a_codec_and_whole_chunks() -> None:
     with pytest.raises(ValueError, match="need the codec"):
         on_policy(longest=10).build()
-    for wrong in ({"longest": 9}, {"longest": 10, "through_kv": True}, {"switch": 0.5}):
-        with pytest.raises(ValueError, match=r"whole chunks|through_kv=false|longest above frames"):
+    for wrong, match in (
+        ({"longest": 9}, "whole chunks"), ({"longest": 10, "through_kv": True}, "through_kv=false"),
+        ({"switch": 0.5}, "longest above frames"), ({"longest": 6, "frames": 2}, "two chunks"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
             on_policy(**wrong)
+
+
+def test_a_codec_that_pads_at_the_end_cannot_open_a_window() -> None:
+    from unspool.models.taehv import Taehv, TaehvConfig
+
+    sizes = {"encoder_widths": 4, "decoder_widths": (6, 5, 4, 4), "latent_channels": 4, "num_blocks": 1}
+    with pytest.raises(ValueError, match="pads at the start"):
+        on_policy(longest=10).build(Taehv(TaehvConfig(**sizes, padding="end")))  # type: ignore[arg-type]
+    on_policy(longest=10).build(Taehv(TaehvConfig(**sizes, padding="start")))  # type: ignore[arg-type]
+
+
+def test_the_past_may_be_made_anew_where_the_prompt_changes() -> None:
+    """A change with recache is another rollout than one that keeps the keys."""
+    index = torch.tensor([[0, 0, 0, 1, 1, 1], [0] * 6])
+    differs = 0
+    for seed in range(12):
+        with torch.no_grad():
+            kept, again = (long_sample(on_policy(longest=10, switch=1.0, switch_policy=policy), seed, index)[2].latents
+                           for policy in ("keep", "recache"))  # fmt: skip
+        differs += not torch.equal(kept[0], again[0])
+    assert differs >= 2

@@ -90,6 +90,17 @@ def test_states_that_the_teacher_does_not_visit_are_refused() -> None:
         config(keep=keep[:-1])
 
 
+def test_texts_of_other_lengths_are_padded() -> None:
+    network, noise = make_network().requires_grad_(False), torch.randn(SHAPE, dtype=torch.float64)
+    prompt, null = prompts()
+    two = torch.cat([prompt, text(1)[:, None]], dim=1)
+    index = torch.zeros(2, FRAMES, dtype=torch.int64)
+    one = sample_trajectory(network, config(), noise, prompt, null)
+    torch.testing.assert_close(
+        sample_trajectory(network, config(), noise, two, null[:, :, :2], prompt_index=index), one
+    )
+
+
 def clips_folder(folder: Path, count: int = 5) -> LatentShards:
     header = ShardHeader(
         codec="none", codec_sha256=None, normalisation="none", dtype="float32", fps=16.0, num_frames=13, height_px=16,
@@ -209,6 +220,30 @@ def test_consistency_reaches_the_student_alone(per_chunk: bool) -> None:
     assert any(p.grad is not None for p in method.student.parameters())
     assert all(p.grad is None for net in (method.teacher, method.average) for p in net.parameters())
     assert set(method.frozen) == {"teacher"} and method.followers["average"].role == "student"
+
+
+@pytest.mark.parametrize("to_end", [True, False])
+def test_the_last_interval_keeps_the_end(to_end: bool) -> None:
+    """A student that says the same x0 everywhere is consistent with itself; only the teacher's end tells it apart."""
+    method = consistency(to_end=to_end)
+
+    class Constant(torch.nn.Module):
+        """x0 = 0."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def prepare(self, given: Any) -> Any:
+            return make_network().prepare(given)
+
+        def forward(self, x: Tensor, sigma: Tensor, cond: Any, context: Any) -> Tensor:
+            return self.scale * x / sigma.double().clamp(min=1e-9)[..., None, None, None]
+
+    method.student.backbone = method.average.backbone = Constant()
+    batch = Batch(latents=torch.randn(SHAPE, dtype=torch.float64), text=text(0)[:, None])
+    losses = [method.step(batch, "student", 0, torch.Generator().manual_seed(s)).loss.item() for s in range(40)]
+    assert (max(losses) > 1e-2) == to_end
 
 
 def test_a_student_that_follows_the_teachers_line_is_consistent() -> None:

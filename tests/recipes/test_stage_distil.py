@@ -14,7 +14,7 @@ from unspool.config import apply_overrides, locate
 from unspool.data.shard_format import ShardHeader
 from unspool.data.shard_writer import ShardWriter
 from unspool.data.shards import LatentShards, LatentShardsConfig
-from unspool.data.trajectories import TrajectoryConfig, sample_trajectory, write_trajectories
+from unspool.data.trajectories import TrajectoryConfig, TrajectoryShards, write_trajectories
 from unspool.diffusion.schedule import uniform
 from unspool.models.caption import CaptionConfig, CaptionEncoder
 from unspool.models.wan.config import WanConfig
@@ -65,7 +65,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return states, states[:, -1]
 
     write_trajectories(sample, clips, folder / "trajectories", keep, count=4, batch=2, teacher={"sha256": "x"})
-    assert sample_trajectory is not None
     return folder
 
 
@@ -73,8 +72,10 @@ def made(name: str, home: Path, *overrides: str) -> DistilRecipe:
     recipe = locate(name, RECIPES)()
     recipe = replace(recipe, text=str(home / "text.safetensors"), start=str(home / "student.safetensors"),
                      data=str(home / ("trajectories" if name.endswith("ode") else "latents")))  # fmt: skip
-    if hasattr(recipe, "teacher"):
+    if hasattr(recipe, "codec"):
         recipe = replace(recipe, teacher=str(home / "teacher.safetensors"))
+    if name.endswith("ode"):
+        recipe = replace(recipe, teacher="")
     return apply_overrides(recipe, [*SMALL, *overrides])
 
 
@@ -84,6 +85,21 @@ def test_a_recipe_trains_its_student(name: str, home: Path, tmp_path: Path) -> N
     Trainer(recipe, tmp_path, show=False).run()
     before, after = load_file(home / "student.safetensors"), load_file(tmp_path / "student.safetensors")
     assert set(after) == set(before) and any(not torch.equal(after[n], before[n]) for n in before)
+
+
+def test_paths_are_sampled_first_where_there_are_none(home: Path, tmp_path: Path) -> None:
+    recipe = replace(made("stage-64-ode", home, "paths=3"), data=str(home / "latents"))
+    trainer = Trainer(replace(recipe, teacher=str(home / "teacher.safetensors")), tmp_path, show=False)
+    trainer.run()
+    facts = TrajectoryShards(LatentShardsConfig(path=str(tmp_path / "paths"))).describe()
+    assert facts["kind"] == "bidirectional" and facts["steps"] == GRID and facts["guidance_from_uncond"] == 3.0
+
+
+def test_settings_without_effect_are_refused(home: Path) -> None:
+    with pytest.raises(ValueError, match="learn_text"):
+        made("stage-64-causvid", home, "learn_text=true")
+    with pytest.raises(ValueError, match=r"short\.legs"):
+        made("stage-64-ode", home, "short.legs=[[3,1]]")
 
 
 def test_a_few_step_student_is_described_as_one() -> None:

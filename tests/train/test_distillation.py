@@ -12,6 +12,7 @@ from toy_distillation import DistilRecipe, network, recipe, tensors, train
 
 from unspool.methods.dmd import DistributionMatching
 from unspool.train.loop import Trainer
+from unspool.train.rng import step_rng
 
 KINDS = ["causvid", "self_forcing", "through_kv", "sid", "consistency", "ode"]
 
@@ -64,6 +65,31 @@ def test_two_ranks_are_one(kind: str, tmp_path: Path) -> None:
     weights = [name for name in one if name.startswith("model/")]
     worst = max((one[name] - two[name]).abs().max().item() for name in weights)
     assert worst <= 1e-5
+
+
+def test_a_follower_begins_as_its_role_does(tmp_path: Path) -> None:
+    """Also where the role begins with given weights."""
+    train(tmp_path / "first", "kind=consistency", "train.steps=1")
+    trainer = Trainer(recipe("kind=consistency"), tmp_path / "next", init_from=tmp_path / "first", show=False)
+    student, follower = trainer.state.networks["student"], trainer.state.followers["average"].network
+    pairs = zip(student.parameters(), follower.parameters(), strict=True)
+    assert all(torch.equal(own, kept) for own, kept in pairs)
+
+
+@pytest.mark.parametrize("kind", ["self_forcing", "through_kv"])
+def test_autocast_keeps_every_gradient_of_a_rollout(kind: str, tmp_path: Path) -> None:
+    """Weights that are cast without a graph in the first steps must not be used at the exit step."""
+    found = []
+    for cached in (True, False):
+        trainer = Trainer(recipe(f"kind={kind}"), tmp_path / str(cached), show=False)
+        batch = trainer.recipe.build_source().batch(0, 4)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            loss = trainer.method.step(batch, "student", 0, step_rng(0, 0, "student", range(4))).loss
+        loss.backward()
+        found.append({n: p.grad for n, p in trainer.method.networks["student"].named_parameters()})
+    assert all(found[0][name] is not None for name in found[0])
+    worst = max((found[0][n] - found[1][n]).abs().max().item() for n in found[0])  # type: ignore[operator, union-attr]
+    assert worst < 1e-6
 
 
 def test_a_rollout_learns_under_autocast(tmp_path: Path) -> None:

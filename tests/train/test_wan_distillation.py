@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 import toy_wan
 from processes import ranks, stored_tensors
+from safetensors.torch import load_file
 
 from unspool.config import locate
 from unspool.methods.base import Method
 from unspool.recipes import RECIPES
 
-PARAMETERS = 1_418_996_800
+PARAMETERS, LARGE = 1_418_996_800, 14_288_491_584
 
 
 @pytest.mark.parametrize("name", toy_wan.NAMES)
@@ -22,10 +24,11 @@ def test_a_recipe_builds_on_the_meta_device(name: str) -> None:
     recipe: Any = locate(name, RECIPES)()
     method = recipe.build_method(torch.device("meta"))
     assert isinstance(method, Method)
-    networks = [*method.networks.values(), *getattr(method, "frozen", {}).values()]
-    networks += [f.network for f in getattr(method, "followers", {}).values()]
-    for network in networks:
-        assert sum(p.numel() for p in network.parameters()) == PARAMETERS
+    teachers = list(getattr(method, "frozen", {}).values())
+    networks = [*method.networks.values(), *(f.network for f in getattr(method, "followers", {}).values())]
+    for network in networks + teachers:
+        large = network in teachers and name.endswith("self-forcing")
+        assert sum(p.numel() for p in network.parameters()) == (LARGE if large else PARAMETERS)
         assert all(p.is_meta for p in network.parameters())
 
 
@@ -46,6 +49,23 @@ def test_two_ranks_take_two_steps_as_one_does(name: str, folder: Path, tmp_path:
     assert set(one) == set(two)
     worst = max((one[n] - two[n]).abs().max().item() for n in one if n.startswith("model/"))
     assert worst <= 1e-5
+
+
+def test_a_larger_teacher_needs_a_critic_of_its_own(tmp_path: Path) -> None:
+    recipe: Any = locate("wan-1.3b-self-forcing", RECIPES)()
+    recipe = replace(recipe, network=toy_wan.TOY, teacher_network=toy_wan.LARGER, teacher="somewhere")
+    with pytest.raises(ValueError, match="give critic="):
+        recipe.build_method(torch.device("cpu"))
+
+
+def test_a_runs_export_begins_the_next_one(folder: Path, tmp_path: Path) -> None:
+    toy_wan.train(tmp_path / "ode", str(folder), "wan-1.3b-causvid-ode")
+    file = tmp_path / "ode" / "student.safetensors"
+    trainer = toy_wan.train(tmp_path / "dmd", str(folder), "wan-1.3b-causvid", f"start={file}", f"teacher={file}")
+    method: Any = trainer.method
+    kept = load_file(file)
+    teacher = method.teacher_network.state_dict()
+    assert set(kept) == set(teacher) and all(torch.equal(kept[n], teacher[n]) for n in kept)
 
 
 def test_a_teacher_may_be_kept_in_bf16(folder: Path, tmp_path: Path) -> None:

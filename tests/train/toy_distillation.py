@@ -84,7 +84,7 @@ class DistilRecipe(Recipe):
         null = torch.zeros(TEXT_ROWS, TEXT_DIM)
         student, teacher = network(1).to(device), network(2).to(device)
         if self.kind == "ode":
-            config = OdeRegressionConfig(steps=STEPS, plan=PLAN, clean=False)  # ranks count the same frames
+            config = OdeRegressionConfig(steps=STEPS, plan=PLAN)
             return OdeRegression(config, backbone=student, null_text=null)
         if self.kind == "consistency":
             made = ConsistencyConfig(grid=8, shift=2.0, guidance_from_uncond=2.0, plan=PLAN, decay=0.9)

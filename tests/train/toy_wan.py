@@ -50,7 +50,14 @@ def train(out: Path, folder: str, name: str, *overrides: str) -> Trainer:
     large = LARGER if name.endswith("self-forcing") else None
     made = replace(made, network=TOY, teacher_network=large, null_text=f"{folder}/null.safetensors",
                    data=f"{folder}/{'paths' if name.endswith('ode') else 'latents'}")  # fmt: skip
-    given = ("train.steps=2", "train.batch=2", "train.device=cpu", "train.dtype=fp32", "train.frozen_dtype=fp32")
+    given = (
+        "train.optim.lr=1e-3",
+        "train.steps=2",
+        "train.batch=2",
+        "train.device=cpu",
+        "train.dtype=fp32",
+        "train.frozen_dtype=fp32",
+    )
     trainer = Trainer(apply_overrides(made, [*given, *overrides]), out, show=False)
     try:
         trainer.run()

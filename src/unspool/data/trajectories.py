@@ -21,7 +21,7 @@ from unspool.causal.mask import teacher_forcing_mask
 from unspool.causal.position import Absolute, PositionPolicy
 from unspool.causal.visibility import Visibility
 from unspool.data.batch import TrajectoryBatch
-from unspool.data.shard_format import ShardHeader
+from unspool.data.shard_format import TEXT, ShardHeader
 from unspool.data.shard_writer import ShardWriter
 from unspool.data.shards import LatentShards, LatentShardsConfig
 from unspool.diffusion.flow import FlowMatching
@@ -94,7 +94,7 @@ def sample_trajectory(
     if (config.plan is None) != (clean is None):
         raise ValueError("a causal teacher reads a clean clip, a bidirectional one none; pass clean= with plan= only")
     guided = config.guidance_from_uncond != 1.0
-    prepared = network.prepare(Text(states=torch.cat([text, negative]) if guided else text))
+    prepared = network.prepare(Text(states=torch.cat(_alike(text, negative)) if guided else text))
     copies, frames = (2 if guided else 1), noise.shape[1]
     index = None if prompt_index is None else prompt_index.repeat(copies, 1)
     context: Context = FullSequence(frames)
@@ -121,6 +121,18 @@ def sample_trajectory(
     return torch.stack(kept, dim=1)
 
 
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Text states [b, prompts, rows, channels] padded to the same number of prompts and rows; a padded prompt repeats
+    the last one."""
+    prompts, rows = (max(one.shape[i], other.shape[i]) for i in (1, 2))
+
+    def padded(states: Tensor) -> Tensor:
+        states = torch.nn.functional.pad(states, (0, 0, 0, rows - states.shape[2]))
+        return torch.cat([states, states[:, -1:].expand(-1, prompts - states.shape[1], -1, -1)], dim=1)
+
+    return padded(one), padded(other)
+
+
 def write_trajectories(
     sample: Callable[[Tensor, range], tuple[Tensor, Tensor]],
     clips: LatentShards,
@@ -139,8 +151,7 @@ def write_trajectories(
     """
     source = {"source": "trajectories", "teacher": dict(teacher), **config.describe(),
               "clips": json.loads(clips.header.source)}  # fmt: skip
-    header: ShardHeader = replace(clips.header, source=json.dumps(source), text_encoder=None, text_sha256=None,
-                                  text_rows=None)  # fmt: skip
+    header: ShardHeader = replace(clips.header, source=json.dumps(source))
     written = 0
     with ShardWriter(folder, header) as writer:
         while writer.next_item < min(count, len(clips)):
@@ -148,14 +159,19 @@ def write_trajectories(
             states, latents = sample(clips.clips(list(numbers)).latents, numbers)  # type: ignore[arg-type]
             for row, number in enumerate(numbers):
                 entry = clips.entries[number]
+                text = None if header.text_rows is None else _rows(clips.array(number, TEXT), header.text_rows)
                 writer.add(
                     number, latents[row], entry.captions, prompt_index=entry.prompt_index[: latents.shape[1]],
-                    extra={TRAJECTORY: states[row].to(torch.float16)},
+                    text=text, extra={TRAJECTORY: states[row].to(torch.float16)},
                 )  # fmt: skip
                 written += 1
             if progress is not None:
                 progress(writer.next_item, count)
     return written
+
+
+def _rows(states: Tensor, rows: int) -> Tensor:
+    return torch.nn.functional.pad(states, (0, 0, 0, rows - states.shape[1]))
 
 
 class TrajectoryShards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,7 +33,8 @@ class ConsistencyConfig:
     Fields: `grid` points and `shift` of the teacher's schedule (published: 48, 5); `guidance_from_uncond`: s in
     uncond + s (cond - uncond) of the teacher's step (3); `decay` of the average that gives the target (0.99); `plan`,
     `visibility`, `positions`, `sigma_commit` as teacher and student were trained; `per_chunk` draws a level for every
-    chunk instead of one for the clip.
+    chunk instead of one for the clip; `to_end` also draws the last interval, whose target is where the teacher ends:
+    published code leaves it out, and then a constant x0 is as consistent as the right one.
     """
 
     grid: int
@@ -44,6 +46,7 @@ class ConsistencyConfig:
     positions: Positions = field(default_factory=Absolute)
     sigma_commit: float = 0.0
     per_chunk: bool = False
+    to_end: bool = True
     backend: Backend = "slices"
 
     def __post_init__(self) -> None:
@@ -62,9 +65,10 @@ class ConsistencyConfig:
 class CausalConsistency:
     """E || x0_student(x_t | past) - x0_average(x_next | past) ||^2, x_next one guided step of the teacher from x_t.
 
-    Source: arXiv:2602.02214 stage 2, arXiv:2303.01469 (implements `Method`; role "student"). All three networks read
-    the clean clip as the past. Levels are floats of the schedule: published code rounds them to bfloat16, which makes
-    some steps 1.6 times too long. Arguments as `DistributionMatching`; `average` begins as the student's copy.
+    At the last point of the grid x_next is the target itself. All three networks read the clean clip as the past.
+    Levels are floats of the schedule: published code rounds them to bfloat16, which makes some steps 1.6 times too
+    long. Source: arXiv:2602.02214 stage 2, arXiv:2303.01469 (implements `Method`; role "student"). Arguments as
+    `DistributionMatching`; `average` is the student's copy where none is given.
     """
 
     def __init__(
@@ -73,10 +77,11 @@ class CausalConsistency:
         *,
         backbone: nn.Module,
         teacher: nn.Module,
-        average: nn.Module,
+        average: nn.Module | None = None,
         text: nn.Module | None = None,
         null_text: Tensor | None = None,
     ) -> None:
+        average = copy.deepcopy(backbone) if average is None else average
         same_latents(student=backbone, teacher=teacher, average=average)
         self.config = config
         self.student = Student(backbone)
@@ -112,7 +117,7 @@ class CausalConsistency:
         chunk_of = chunk_numbers(self.config.plan, frames)
         prompts, uncond = self.conditioner(batch)
         # the same draws whether they are used per chunk or not
-        which = (uniform((size, int(chunk_of[-1]) + 1), rng) * (self.config.grid - 1)).long()
+        which = (uniform((size, int(chunk_of[-1]) + 1), rng) * (self.config.grid - (not self.config.to_end))).long()
         which = which[:, chunk_of] if self.config.per_chunk else which[:, :1].expand(size, frames)
         loss = self.loss(x0, noise_like(x0, rng), which, prompts, uncond)
         return StepResult(loss=loss, metrics={"loss": loss.detach()})

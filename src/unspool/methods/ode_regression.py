@@ -55,14 +55,15 @@ class OdeRegressionConfig:
             )
 
 
-def regression_loss(prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+def regression_loss(prediction: Tensor, target: Tensor, counted: Tensor, expected: float | None = None) -> Tensor:
     """Mean of (prediction - target)^2 over the values of all `counted` [b, t] latent frames, in at least float32.
 
-    0 with its graph where none is counted.
+    `expected` divides by that many latent frames instead of the counted ones: then the mean over parts of a batch is
+    that of the batch. 0 with its graph where none is counted.
     """
     wide = torch.promote_types(prediction.dtype, torch.float32)
     error = (prediction.to(wide) - target.to(wide)).square().flatten(2).mean(2)
-    share = counted.double() / counted.sum().clamp(min=1)
+    share = counted.double() / (counted.sum().clamp(min=1) if expected is None else expected)
     return (error * to_device(share.to(wide), error.device)).sum()
 
 
@@ -110,12 +111,14 @@ class OdeRegression:
         which = (uniform(draws, rng) * count).long()
         which = which[:, chunk_of] if self.config.per == "chunk" else which.expand(size, frames)
         prediction, x, sigma = self.predict(batch, states, which)
-        loss = regression_loss(FLOW.to_x0(x, prediction.to(x.dtype), sigma), states[:, -1], sigma > 0)
+        # drawn at 0 with probability 1 / count, a latent frame carries no loss
+        expected = size * frames * (len(sigmas) - 1) / count
+        loss = regression_loss(FLOW.to_x0(x, prediction.to(x.dtype), sigma), states[:, -1], sigma > 0, expected)
         return StepResult(loss=loss, metrics={"loss": loss.detach()})
 
     def predict(self, batch: Batch, states: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(prediction, input, sigma [b, t]) for the numbers `which` [b, t] of the stored states."""
-        prompts, _ = self.conditioner(batch)
+        prompts = self.conditioner.given(batch)
         schedule = self.config.steps.schedule
         rows, columns = torch.arange(len(states))[:, None], torch.arange(states.shape[2])[None]
         x = states[rows, to_device(which, states.device), columns]

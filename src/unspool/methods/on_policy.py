@@ -6,6 +6,7 @@ published code lets gradients through the exit step's keys). `through_kv` asks f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +29,7 @@ from unspool.methods.scores import Positions
 from unspool.models.base import Codec
 from unspool.ops.transfer import to_device
 from unspool.rollout.noise import RecordedNoise
-from unspool.rollout.prompts import PromptTimeline, Switch
+from unspool.rollout.prompts import PromptTimeline, Switch, SwitchPolicy
 from unspool.rollout.rollout import Rollout
 from unspool.rollout.settings import RolloutConfig
 from unspool.rollout.solvers.base import Noise, Solver, SolverState
@@ -50,7 +51,7 @@ class OnPolicyConfig:
     two; the last `frames` latent frames are the sample, what came before has no graph. Scores know clips from their
     beginning only, so latent frame 0 of a later window is made anew from the last pixel frame that it stands for
     (`opening`), and its first chunk carries no loss. `switch`: probability that the prompt of a long rollout changes at
-    a drawn chunk, to the next prompt of the same clip where it has one.
+    a drawn chunk, to the next prompt of the same clip where it has one; `switch_policy` what is done to the past then.
     """
 
     steps: StepList
@@ -65,6 +66,7 @@ class OnPolicyConfig:
     through_kv: bool = False
     longest: int = 0
     switch: float = 0.0
+    switch_policy: SwitchPolicy = "keep"
     backend: Backend = "slices"
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class OnPolicyConfig:
                 raise ValueError(f"{name}={frames} ends inside a chunk of {self.plan}; use whole chunks")
         if self.is_long and (self.plan.first not in (None, self.plan.chunk) or self.through_kv):
             raise ValueError("longest above frames: expected chunks of one length, and through_kv=false")
+        if self.is_long and self.frames < 2 * self.plan.chunk:
+            raise ValueError(f"longest above frames={self.frames}: expected at least two chunks, the first has no loss")
         if not 0.0 <= self.switch <= 1.0 or (self.switch and not self.is_long):
             raise ValueError(f"switch={self.switch}: expected a probability, and longest above frames to change in")
         if self.exit not in ("random", "last"):
@@ -102,7 +106,14 @@ class OnPolicy:
 
     def __init__(self, config: OnPolicyConfig, codec: Codec[Any] | None = None) -> None:
         if config.is_long and codec is None:
-            raise ValueError("rollouts longer than what is scored need the codec, for the window's first latent frame")
+            raise ValueError(
+                "rollouts longer than what is scored need the codec, for the window's first latent frame; pass codec="
+            )
+        if config.is_long and getattr(getattr(codec, "config", None), "padding", "start") != "start":
+            raise ValueError(
+                "longest above frames: latent frame 0 of this codec has seen later frames (it pads at the end), so a "
+                "window inside a stream cannot be opened; use a codec that pads at the start"
+            )
         self.config, self.codec = config, codec
         self._contexts = Contexts(self._context)
 
@@ -129,7 +140,7 @@ class OnPolicy:
         prompts, uncond = (self._aligned(p, lead, turn) for p in (prompts, uncond))
         noise = normal((shape[0], last + 1, lead + shape[1], *shape[2:]), rng)
         noise = noise.to(next(student.parameters()).device)
-        run = _Run(c, Schedule((*full.sigmas[: last + 1], 0.0), told(full, last)), prompts, noise, lead)
+        run = _Run(c, Schedule((*full.sigmas[: last + 1], 0.0), told(full, last)), prompts, noise, lead, turn)
         replays = c.through_kv and torch.is_grad_enabled()  # its values are those of the rollout
         latents = student(lambda: run.replay(student, self._contexts) if replays else run.latents(student))
         sample = Sample(latents=latents, prompts=prompts, uncond=uncond, bounds=self._bounds(full, last))
@@ -215,10 +226,12 @@ class _Run:
     """One rollout whose last step is the sample."""
 
     def __init__(
-        self, config: OnPolicyConfig, schedule: Schedule, prompts: BatchPrompts, noise: Tensor, lead: int
-    ) -> None:
+        self, config: OnPolicyConfig, schedule: Schedule, prompts: BatchPrompts, noise: Tensor, lead: int,
+        turn: int | None,
+    ) -> None:  # fmt: skip
         self.config, self.schedule, self.prompts = config, schedule, prompts
         self.noise, self.lead = noise, lead  # [b, steps, t, c, h, w]; latent frames that keep no graph
+        self.turn = turn
 
     def latents(self, student: Student, solver: Solver | None = None) -> Tensor:
         """The rollout; the last denoising pass of each chunk keeps its graph where gradients are on."""
@@ -232,7 +245,7 @@ class _Run:
         stream = Rollout(
             backbone,
             config,
-            timeline(self.prompts, self.config.plan, self.noise.shape[2]),
+            timeline(self.prompts, self.config.plan, self.noise.shape[2], {self.turn: self.config.switch_policy}),
             noise=RecordedNoise(initial, renoise if last else None),
             latent_size=(initial.shape[-2], initial.shape[-1]),
             grad=lambda chunk, step: step == last and chunk >= first,
@@ -246,6 +259,7 @@ class _Run:
         keeper = _Keeper()
         with torch.no_grad():
             latents = self.latents(student, keeper)
+        torch.clear_autocast_cache()  # see `Rollout._grad_mode`
         before = torch.cat(keeper.before, dim=1)
         frames, step = before.shape[1], self.schedule.steps[-1]
         levels = torch.tensor([[self.config.sigma_commit] * frames + [step.conditioning] * frames])
@@ -277,8 +291,11 @@ class _Keeper:
         return self._solver.step(x, x0, sigma, next_sigma, noise, state)
 
 
-def timeline(prompts: BatchPrompts, plan: ChunkPlan, frames: int) -> PromptTimeline:
-    """The prompts of a batch in time, those of each sample; keys of the past are kept.
+def timeline(
+    prompts: BatchPrompts, plan: ChunkPlan, frames: int, policies: Mapping[int | None, SwitchPolicy] | None = None
+) -> PromptTimeline:
+    """The prompts of a batch in time, those of each sample; keys of the past are kept, or as `policies` of a latent
+    frame say.
 
     Every chunk begins its own texts, changed or not: sharded networks gather weights to prepare them, and all ranks
     must do so equally often.
@@ -290,5 +307,8 @@ def timeline(prompts: BatchPrompts, plan: ChunkPlan, frames: int) -> PromptTimel
     rows = torch.arange(len(states), device=states.device)
     starts = [chunk.start for chunk in plan.chunks(0, frames)]
     texts = [states[rows, to_device(index[:, start], states.device)] for start in starts]
-    switches = [Switch(frame=f, text=text, policy="keep") for f, text in zip(starts[1:], texts[1:], strict=True)]
+    how = policies or {}
+    switches = [
+        Switch(frame=f, text=text, policy=how.get(f, "keep")) for f, text in zip(starts[1:], texts[1:], strict=True)
+    ]
     return PromptTimeline(texts[0], switches)

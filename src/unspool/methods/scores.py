@@ -80,16 +80,23 @@ class Conditioner:
             text.requires_grad_(False)
         self._reader = Student(nn.Identity(), text, null_text)
 
-    @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[BatchPrompts, BatchPrompts]:
         """(prompts, the unconditional ones), both as states [b, prompts, rows, channels] with the batch's index."""
-        kept = torch.zeros(len(batch), dtype=torch.bool)
-        found = []
-        for dropped in (kept, ~kept):
-            prompts = self._reader.prompts_of(batch, dropped)
-            # the index stays even where each sample has one prompt: all ranks shall do the same work
-            found.append(BatchPrompts(states=self._reader.states_of(prompts), index=batch.prompt_index))
-        return found[0], found[1]
+        return self.given(batch), self.uncond(batch)
+
+    def given(self, batch: Batch) -> BatchPrompts:
+        """The batch's prompts."""
+        return self._states(batch, torch.zeros(len(batch), dtype=torch.bool))
+
+    def uncond(self, batch: Batch) -> BatchPrompts:
+        """The empty caption for every sample. Raises ValueError for ready-made text without `null_text`."""
+        return self._states(batch, torch.ones(len(batch), dtype=torch.bool))
+
+    @torch.no_grad()
+    def _states(self, batch: Batch, dropped: Tensor) -> BatchPrompts:
+        prompts = self._reader.prompts_of(batch, dropped)
+        # the index stays even where each sample has one prompt: all ranks shall do the same work
+        return BatchPrompts(states=self._reader.states_of(prompts), index=batch.prompt_index)
 
     @property
     def text(self) -> nn.Module:

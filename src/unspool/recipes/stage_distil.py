@@ -17,6 +17,8 @@ from unspool.recipes.stage_folder import GUIDANCE, SHIFT
 from unspool.recipes.stage_parts import CLIP, LatentRecipe, chunks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from unspool.data.batch import Source
@@ -40,6 +42,10 @@ class DistilRecipe(LatentRecipe):
     steps: StepList = FEW_STEPS
 
     kind: ClassVar[Literal["causal", "bidirectional"]] = "causal"
+
+    def __post_init__(self) -> None:
+        if self.learn_text:
+            raise ValueError("learn_text=true: distillation uses the text encoder as it is; leave it false")
 
     @property
     def few(self) -> StepList | None:
@@ -74,15 +80,40 @@ class ConsistencyRecipe(DistilRecipe):
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.consistency import CausalConsistency
 
-        (student, teacher, average), text = self.parts(device, self.start, self.start, self.start)
-        return CausalConsistency(self.method, backbone=student, teacher=teacher, average=average, text=text)
+        (student, teacher), text = self.parts(device, self.start, self.start)
+        return CausalConsistency(self.method, backbone=student, teacher=teacher, text=text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OdeRecipe(DistilRecipe):
-    """Regression on a teacher's stored paths; `data` is a folder of trajectories."""
+    """Regression on a teacher's paths. `data` is a folder of them; or of latents, and then `teacher` (weights, of
+    `teacher_kind`) samples `paths` of them for their prompts first, into the run's folder."""
 
     method: OdeRegressionConfig
+    teacher: str = ""
+    teacher_kind: Literal["bidirectional", "causal"] = "bidirectional"
+    paths: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.short.legs:
+            raise ValueError("short.legs has no effect on stored paths; leave it empty")
+        if self.steps != self.method.steps:
+            raise ValueError(f"steps={self.steps.steps}, method.steps={self.method.steps.steps}: expected the same")
+
+    def prepare(self, out: Path) -> OdeRecipe:
+        """Sample the paths where they are not there."""
+        if not self.teacher:
+            return self
+        from unspool.recipes.stage_paths import PathsConfig, write_stage_paths
+
+        folder = out / "paths"
+        config = PathsConfig(
+            weights=self.teacher, data=self.data, text=self.text, kind=self.teacher_kind, count=self.paths,
+            network=self.network, steps=self.steps, compile=self.train.compile,
+        )  # fmt: skip
+        write_stage_paths(config, folder)
+        return replace(self, data=str(folder), teacher="")
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.ode_regression import OdeRegression
@@ -99,16 +130,25 @@ class OdeRecipe(DistilRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class DmdRecipe(DistilRecipe):
-    """Distribution matching: `teacher` gives the score of the data and the critic's first weights."""
+    """Distribution matching: `teacher` gives the score of the data and the critic's first weights; `codec` opens the
+    windows of long rollouts (`method.sample.longest`)."""
 
     method: DmdConfig
     teacher: str
+    codec: str = ""
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.dmd import DistributionMatching
 
         (student, teacher, critic), text = self.parts(device, self.start, self.teacher, self.teacher)
-        return DistributionMatching(self.method, backbone=student, teacher=teacher, critic=critic, text=text)
+        codec = None
+        if self.codec:
+            from unspool.models.taehv import Taehv
+
+            codec = Taehv.from_single_file(self.codec).to(device).eval().requires_grad_(False)
+        return DistributionMatching(
+            self.method, backbone=student, teacher=teacher, critic=critic, text=text, codec=codec
+        )
 
 
 _HOME = "runs/stage-64"
@@ -125,10 +165,10 @@ def consistency_64() -> ConsistencyRecipe:
 
 
 def ode_64() -> OdeRecipe:
-    """Few-step initialisation from stored paths of the bidirectional teacher (CausVid)."""
+    """Few-step initialisation from paths of the bidirectional teacher, sampled first (CausVid)."""
     return OdeRecipe(
-        network=network_64(), text=f"{_HOME}/text.safetensors", data=f"{_HOME}/trajectories",
-        start=f"{_HOME}/student/student.safetensors",
+        network=network_64(), text=f"{_HOME}/text.safetensors", data=f"{_HOME}/latents",
+        start=f"{_HOME}/student/student.safetensors", teacher=f"{_HOME}/teacher/student.safetensors",
         method=OdeRegressionConfig(steps=FEW_STEPS, plan=chunks()),
         train=train_config(steps=600, batch=16, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True),
     )  # fmt: skip

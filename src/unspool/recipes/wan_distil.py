@@ -1,15 +1,17 @@
 """The same distillations at the size of Wan2.1-1.3B, with the published schedules; weights and clips are the user's.
 
-    unspool encode ... -o latents                      (clips of 81 frames at 480 x 832, with the text states of UMT5)
     torchrun --nproc-per-node 8 -m unspool train wan-1.3b-self-forcing data=latents null_text=empty.safetensors \
-        start=ode.safetensors teacher=Wan2.1-T2V-14B teacher_network.dim=5120 ...
+        start=runs/ode/student.safetensors teacher=Wan-AI/Wan2.1-T2V-14B critic=Wan-AI/Wan2.1-T2V-1.3B
 
-None of them was run at this size here: they build on the meta device and run at toy width on two gloo ranks (tests).
+`data` are shards (`ShardWriter`) of latents of 81 frames at 480 x 832 with the text states of UMT5, which the package
+does not make itself yet. None of them was run at this size here: they build on the meta device and run at toy width on
+two gloo ranks (tests). Unlike published code, student and critic see the same prompts at a step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unspool.causal.chunks import ChunkPlan
@@ -21,7 +23,8 @@ from unspool.methods.on_policy import OnPolicyConfig
 from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import ScoreConfig, ScoreLevels
 from unspool.models.wan.config import WanConfig
-from unspool.presets.data import WAN21_1_3B
+from unspool.presets.data import WAN21_1_3B, WAN21_14B
+from unspool.recipes.stage_distil import load_backbone
 from unspool.train.config import EmaConfig, OptimConfig, TrainConfig
 from unspool.train.recipe import Recipe
 
@@ -44,10 +47,10 @@ class WanDistilRecipe(Recipe):
     """A distillation of a Wan network.
 
     Fields: `network` of student and critic, `teacher_network` where the teacher's differs (None: the same); `start`
-    the student's first weights and `teacher` the score's, as `load_wan` takes them ("" leaves new weights: a dry run);
-    `critic` the critic's first ones ("": the teacher's where the sizes agree, else the student's); `data` latents with
-    text states, or trajectories for ODE regression; `null_text` a safetensors file with one tensor [rows, channels],
-    the states of the empty caption (for published guidance: of the negative prompt).
+    the student's first weights and `teacher` the score's: a run's export, or what `load_wan` takes ("" leaves new
+    weights: a dry run); `critic` the critic's first ones ("": the teacher's, where the sizes agree); `data` latents
+    with text states, or trajectories for ODE regression; `null_text` a safetensors file with one tensor
+    [rows, channels], the states of the empty caption (for published guidance: of the negative prompt).
     """
 
     network: WanConfig = WAN21_1_3B
@@ -69,14 +72,15 @@ class WanDistilRecipe(Recipe):
         if isinstance(self.method, ConsistencyConfig):
             from unspool.methods.consistency import CausalConsistency
 
-            teacher, average = (self._network(self.network, self.start, device) for _ in range(2))
-            return CausalConsistency(self.method, backbone=student, teacher=teacher, average=average, null_text=null)
+            teacher = self._network(self.network, self.start, device, frozen=True)
+            return CausalConsistency(self.method, backbone=student, teacher=teacher, null_text=null)
         from unspool.methods.dmd import DistributionMatching
 
         large = self.teacher_network or self.network
-        same = self.teacher if large == self.network else self.start
-        teacher = self._network(large, self.teacher, device)
-        critic = self._network(self.network, self.critic or same, device)
+        if self.teacher and not self.critic and large != self.network:
+            raise ValueError("the teacher's sizes differ from the critic's; give critic= (a bidirectional network)")
+        teacher = self._network(large, self.teacher, device, frozen=True)
+        critic = self._network(self.network, self.critic or self.teacher, device)
         return DistributionMatching(self.method, backbone=student, teacher=teacher, critic=critic, null_text=null)
 
     def build_source(self) -> Source:
@@ -86,16 +90,26 @@ class WanDistilRecipe(Recipe):
         config = LatentShardsConfig(path=self.data)
         return TrajectoryShards(config) if isinstance(self.method, OdeRegressionConfig) else LatentShards(config)
 
-    def _network(self, config: WanConfig, weights: str, device: torch.device) -> WanTransformer:
+    def _network(
+        self, config: WanConfig, weights: str, device: torch.device, *, frozen: bool = False
+    ) -> WanTransformer:
+        """A network with its weights. One that is not trained waits on the CPU, in its own dtype: the loop places its
+        shards, and the whole of it never lies on one device."""
         import torch
 
         from unspool.models.wan.load import load_wan
         from unspool.models.wan.network import WanTransformer
 
-        if weights:
-            return load_wan(weights, config=config, dtype=torch.float32, device=device)
-        with torch.device(device):
-            return WanTransformer(config)
+        place = torch.device("cpu") if frozen and device.type != "meta" else device
+        dtype = torch.bfloat16 if frozen and self.train.frozen_dtype == "bf16" else torch.float32
+        if not weights:
+            with torch.device(place):
+                return WanTransformer(config)
+        if Path(weights).is_file() and own_export(weights):
+            network = WanTransformer(config)
+            load_backbone(network, weights)
+            return network.to(place, dtype)
+        return load_wan(weights, config=config, dtype=dtype, device=place)
 
     def _null(self, device: torch.device) -> Tensor | None:
         if not self.null_text:
@@ -106,6 +120,17 @@ class WanDistilRecipe(Recipe):
         if len(tensors) != 1 or next(iter(tensors.values())).ndim != 2:
             raise ValueError(f"{self.null_text}: expected one tensor [rows, channels], the empty caption's states")
         return next(iter(tensors.values())).float().to(device)
+
+
+def own_export(file: str) -> bool:
+    """Whether a weight file is what a training of this package wrote: names that begin with "backbone."."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return any(name.startswith("backbone.") for name in opened.keys())  # noqa: SIM118  (no dict)
+    except SafetensorError:
+        return False
 
 
 def wan_causvid_ode() -> WanDistilRecipe:
@@ -137,10 +162,14 @@ def wan_consistency() -> WanDistilRecipe:
 
 
 def wan_self_forcing() -> WanDistilRecipe:
-    """Self-Forcing: 600 steps of 64 rollouts, critic 4e-7, g = 3; published with a 14B teacher and shift 8 for the
-    scores, which its code leaves to a default."""
+    """Self-Forcing: 600 steps of 64 rollouts against a 14B teacher, critic 4e-7, g = 3.
+
+    The average begins at the student's 40th update (step 200). Published code leaves the scores' shift to a default of
+    8; here it is the student's 5. A teacher of the student's size: teacher_network=none.
+    """
     optim = OptimConfig(lr=2e-6, betas=(0.0, 0.999), weight_decay=0.01)
     return WanDistilRecipe(
+        teacher_network=WAN21_14B,
         method=DmdConfig(
             sample=OnPolicyConfig(
                 steps=SELF_FORCING_STEPS, plan=PLAN, frames=FRAMES, visibility=Window(window=FRAMES),
@@ -149,14 +178,14 @@ def wan_self_forcing() -> WanDistilRecipe:
         ),
         train=TrainConfig(
             steps=600, batch=64, optim=optim, critic=OptimConfig(lr=4e-7, betas=(0.0, 0.999), weight_decay=0.01),
-            ema=EmaConfig(decay=0.99), clip_norm=10.0, gradient_checkpointing=True, frozen_dtype="bf16",
+            ema=EmaConfig(decay=0.99, start=40), clip_norm=10.0, gradient_checkpointing=True, frozen_dtype="bf16",
         ),
     )  # fmt: skip
 
 
 def _train(*, steps: int, batch: int, lr: float, betas: tuple[float, float]) -> TrainConfig:
     return TrainConfig(
-        steps=steps, batch=batch, optim=OptimConfig(lr=lr, betas=betas, weight_decay=0.01), ema=EmaConfig(decay=0.99),
+        steps=steps, batch=batch, optim=OptimConfig(lr=lr, betas=betas, weight_decay=0.01), ema=None,
         clip_norm=10.0, gradient_checkpointing=True, frozen_dtype="bf16",
     )  # fmt: skip
 

@@ -263,6 +263,8 @@ class Rollout:
         return self.grad is not None and torch.is_grad_enabled() and self.grad(chunk, step)
 
     def _grad_mode(self, wants: bool) -> AbstractContextManager[None]:
+        if wants:  # before torch 2.10, weights that autocast had cast without a graph were used again with one
+            torch.clear_autocast_cache()
         return torch.set_grad_enabled(wants)
 
     # ---- prompt switches and given latents ---------------------------------------------------------------------

@@ -59,18 +59,20 @@ class EmaConfig:
     """Exponential moving average of the weights of some roles.
 
     Fields: `decay` per step; `warmup` w > 0 uses min(decay, (1 + n) / (w + n)) at update n, so that early weights are
-    forgotten; `roles` that have an average.
+    forgotten; `roles` that have an average; `start`: before so many updates of the role the average is its weights.
     """
 
     decay: float
     warmup: int = 10
     roles: tuple[str, ...] = ("student",)
+    start: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"decay={self.decay}: expected a number in [0, 1); ema=none for no average")
-        if self.warmup < 0:
-            raise ValueError(f"warmup={self.warmup}: expected 0 or more updates")
+        for name in ("warmup", "start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more updates")
         if not self.roles:
             raise ValueError("roles=(): expected at least one; ema=none for no average")
 

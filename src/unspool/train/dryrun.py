@@ -133,13 +133,15 @@ def estimate(named: Named, *, timed_steps: int = 2) -> Estimate:
         seed_step(train.seed, 0, "build", 0, device)
         method = named.recipe.build_method(device)
     costs = tuple(_role_cost(role, network, train) for role, network in method.networks.items())
+    costs += tuple(_helper_cost(name, network, train, frozen) for name, network, frozen in helpers(method))
     whole = partial(Estimate, named=named, world=ranks, roles=costs)
     if ranks > 1:
         return whole(measured=None, why="run without torchrun to measure one rank's step")
     need, there = sum(cost.total_bytes for cost in costs), _memory_bytes(device)
     if need > MEMORY_SHARE * there:
         return whole(measured=None, why=f"{size(need)} are needed, and {device} has {size(there)}")
-    if any(p.is_meta for network in method.networks.values() for p in network.parameters()):
+    all_networks = [*method.networks.values(), *(network for _, network, _ in helpers(method))]
+    if any(p.is_meta for network in all_networks for p in network.parameters()):
         seed_step(train.seed, 0, "build", 0, device)
         method = named.recipe.build_method(device)
     return whole(measured=_measure(named, method, device, timed_steps))
@@ -160,6 +162,22 @@ def _role_cost(role: str, network: nn.Module, train: TrainConfig) -> RoleCost:
         optimizer_bytes=FP32 * (muon + 2 * (trained - muon)),
         ema_bytes=FP32 * trained if averaged else 0,
     )
+
+
+def helpers(method: Method) -> list[tuple[str, nn.Module, bool]]:
+    """(name, network, is frozen) of what a method uses beside its roles: teachers, and networks that follow a role."""
+    frozen = [(name, network, True) for name, network in getattr(method, "frozen", {}).items()]
+    return frozen + [(name, f.network, False) for name, f in getattr(method, "followers", {}).items()]
+
+
+def _helper_cost(name: str, network: nn.Module, train: TrainConfig, frozen: bool) -> RoleCost:
+    """A network without gradients, optimizer and average."""
+    number = _count(network.parameters())
+    width = 2 if frozen and train.frozen_dtype == "bf16" else FP32
+    return RoleCost(
+        role=name, num_parameters=number, num_trained=0, num_muon=0, weights_bytes=width * number, gradient_bytes=0,
+        optimizer_bytes=0, ema_bytes=0,
+    )  # fmt: skip
 
 
 def _count(parameters: Any) -> int:
@@ -183,11 +201,15 @@ def _measure(named: Named, method: Method, device: torch.device, timed_steps: in
     for role, network in method.networks.items():
         network.train()
         optimizers[role] = RoleOptimizer(network, train.optim_of(role))
+    for _, network, frozen in helpers(method):
+        network.requires_grad_(False).eval().to(device)
+        if frozen and train.frozen_dtype == "bf16":
+            network.to(torch.bfloat16)
     kept = _Kept(method)
     counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
     with counter, kept.hooks:
         _step(train, method, optimizers, prepared[0], 0, device, feed, kept)
-    for network in method.networks.values():
+    for network in (*method.networks.values(), *(network for _, network, _ in helpers(method))):
         prepare(network, train, world)
     if train.compile and timed_steps:
         _step(train, method, optimizers, prepared[0], 0, device, feed, None)  # compiles

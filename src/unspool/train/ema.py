@@ -13,7 +13,10 @@ from unspool.train.parallel import local
 
 
 def ema_decay(config: EmaConfig, update: int) -> float:
-    """Decay at the 0-based `update`: min(decay, (1 + update) / (warmup + update)), or decay without warm-up."""
+    """Decay at the 0-based `update`: 0 before `start`, then min(decay, (1 + update) / (warmup + update)), or decay
+    without warm-up."""
+    if update < config.start:
+        return 0.0
     return min(config.decay, (1 + update) / (config.warmup + update)) if config.warmup else config.decay
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,9 +42,12 @@ class TrainState:
         helpers = {**getattr(method, "frozen", {}), **{name: f.network for name, f in self.followers.items()}}
         for name, network in helpers.items():
             network.requires_grad_(False).eval()
-            if name not in self.followers and train.frozen_dtype == "bf16":
+            is_frozen = name not in self.followers
+            if is_frozen and train.frozen_dtype == "bf16":
                 network.to(torch.bfloat16)
-            prepare(network, replace(train, gradient_checkpointing=False), world, offload=train.offload)
+            if world.mesh is None:
+                network.to(world.device)
+            prepare(network, train, world, offload=is_frozen and train.offload)
         self.optimizers = {role: RoleOptimizer(net, train.optim_of(role)) for role, net in self.networks.items()}
         averaged = () if train.ema is None else train.ema.roles
         self.averages = {role: Ema(self.optimizers[role].parameters, train.ema) for role in averaged if train.ema}
@@ -86,6 +88,7 @@ class TrainState:
                 tensor.copy_(_placed_like(tensors[name], tensor))
         if role in self.averages:
             self.averages[role].reset()
+        self.follow(role, entirely=True)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -105,8 +108,8 @@ class TrainState:
         return found
 
     @torch.no_grad()
-    def follow(self, role: str) -> None:
-        """Move the networks that follow `role` towards it."""
+    def follow(self, role: str, *, entirely: bool = False) -> None:
+        """Move the networks that follow `role` towards it; `entirely` makes them equal to it."""
         for follower in self.followers.values():
             if follower.role != role:
                 continue
@@ -114,7 +117,7 @@ class TrainState:
             gather_after(self.networks[role])
             weights = [local(p) for p in self.networks[role].parameters()]
             own = [local(p) for p in follower.network.parameters()]
-            torch._foreach_lerp_(own, weights, 1.0 - follower.decay)
+            torch._foreach_lerp_(own, weights, 1.0 if entirely else 1.0 - follower.decay)
 
     def counters(self) -> dict[str, Any]:
         """Plain numbers of a checkpoint, beside the step."""
