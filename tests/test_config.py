@@ -222,3 +222,30 @@ def test_yaml_files(tmp_path: Path) -> None:
         cfg.load_yaml(Run, path)
     with pytest.raises(FileNotFoundError, match="no such configuration file"):
         cfg.load_yaml(Run, tmp_path / "none.yaml")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampled:
+    window: int
+    length: int = 9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    see: Full | Window | Sampled = dataclasses.field(default_factory=lambda: Window(window=5, sink=2))
+
+
+def test_a_class_of_a_union_is_chosen_by_its_name() -> None:
+    assert cfg.apply_overrides(Choice(), ["see=Full"]).see == Full()
+    assert cfg.apply_overrides(Choice(), ["see=Sampled"]).see == Sampled(window=5)  # what both have is kept
+    assert cfg.apply_overrides(Choice(), ["see._type=Sampled", "see.length=3"]).see == Sampled(window=5, length=3)
+    assert cfg.apply_overrides(Choice(see=Full()), ["see._type=Window", "see.window=4"]).see == Window(window=4)
+    for wrong, match in (
+        (["see._type=Other"], "expected one of Full, Window, Sampled"),
+        (["see._type=Sampled", "see.sink=1"], "see.sink"),
+        (["see.sink=7"], "sink=7"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            cfg.apply_overrides(Choice(), wrong)
+    with pytest.raises(ValueError, match=r"Window also needs see\.window"):
+        cfg.apply_overrides(Choice(see=Full()), ["see=Window"])

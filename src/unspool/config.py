@@ -88,7 +88,9 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
 
     Values are read by the annotation of the field: numbers, true/false, none, text as it stands, `1,2` or `[1,2]` for
     tuples and lists, one of a Literal. Several overrides of one dataclass are applied together, so `__post_init__`
-    never sees a half-changed one; of two for the same key the last wins.
+    never sees a half-changed one; of two for the same key the last wins. Where a field may be one of several
+    dataclasses, its class name chooses one: `loss=Sid`, or with fields of it `loss._type=Sid loss.alpha=0.5`; what both
+    have in common is kept.
     """
     tree: dict[str, Any] = {}
     for item in overrides:
@@ -137,7 +139,11 @@ def _replace(config: Any, tree: Mapping[str, Any], where: str) -> Any:
         key = _join(where, name)
         if name not in hints:
             raise ValueError(_unknown(key, name, hints))
-        if isinstance(value, Mapping):
+        if isinstance(value, str) and len(_configs(hints[name])) > 1 and value in _by_name(hints[name]):
+            value = {TYPE_KEY: value}
+        if isinstance(value, Mapping) and TYPE_KEY in value:
+            changes[name] = _chosen(getattr(config, name), hints[name], value, key)
+        elif isinstance(value, Mapping):
             current = getattr(config, name)
             if not _is_config(current):
                 raise ValueError(
@@ -147,6 +153,35 @@ def _replace(config: Any, tree: Mapping[str, Any], where: str) -> Any:
         else:
             changes[name] = _parse(value, hints[name], key)
     return dataclasses.replace(config, **changes)
+
+
+def _chosen(current: Any, hint: Any, tree: Mapping[str, Any], where: str) -> Any:
+    """Another dataclass of a union, by its name; what it has in common with the present one is kept."""
+    by_name = _by_name(hint)
+    cls = by_name.get(tree[TYPE_KEY])
+    if cls is None:
+        raise ValueError(f"{where}.{TYPE_KEY}={tree[TYPE_KEY]}: expected one of {', '.join(by_name) or 'none'}")
+    own, theirs = _fields(cls), _fields(type(current)) if _is_config(current) else {}
+    values = {name: getattr(current, name) for name, kind in own.items() if theirs.get(name) == kind}
+    for name, value in tree.items():
+        if name == TYPE_KEY:
+            continue
+        if name not in own:
+            raise ValueError(_unknown(_join(where, name), name, own))
+        if isinstance(value, Mapping):
+            if not _is_config(values.get(name)):
+                raise ValueError(f"{where}.{name}: has no value yet whose fields could be set")
+            values[name] = _replace(values[name], value, _join(where, name))
+        else:
+            values[name] = _parse(value, own[name], _join(where, name))
+    missing = [name for name in _required(cls) if name not in values]
+    if missing:
+        raise ValueError(f"{where}: {cls.__name__} also needs {where}.{missing[0]}=...")
+    return cls(**values)
+
+
+def _by_name(hint: Any) -> dict[str, type]:
+    return {config.__name__: config for config in _configs(hint)}
 
 
 def _fields(cls: type) -> dict[str, Any]:
