@@ -58,7 +58,9 @@ def test_a_follower_is_the_average_of_what_it_follows(tmp_path: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_are_one(kind: str, tmp_path: Path) -> None:
-    overrides = (f"kind={kind}", "train.steps=2")
+    # eps: Adam divides by the gradient's size, which would make differences of rounding as large as steps
+    overrides = (f"kind={kind}", "train.steps=3", "train.optim.eps=1e-5", "train.critic.eps=1e-5")
+    overrides = overrides[:3] if kind in ("ode", "consistency") else overrides
     assert ranks(2, tmp_path / "two", *overrides, module="toy_distillation") == [0, 0]
     train(tmp_path / "one", *overrides)
     one, two = stored_tensors(tmp_path / "one"), stored_tensors(tmp_path / "two")
