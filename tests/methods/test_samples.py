@@ -288,9 +288,6 @@ class Pixels:
         self.encoded.append(pixels)
         return pixels + 100.0
 
-    def decode_stream(self, latents: Tensor, state: Any) -> Any:
-        raise NotImplementedError
-
 
 def long_sample(config: OnPolicyConfig, seed: int, index: Tensor | None = None) -> Any:
     network, codec = make_network(), Pixels()
