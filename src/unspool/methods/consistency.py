@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from unspool.causal.chunks import ChunkPlan
-from unspool.causal.context import Backend, FullSequence
-from unspool.causal.mask import teacher_forcing_mask
+from unspool.causal.context import Backend
 from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Window, check_window
 from unspool.data.batch import Batch
 from unspool.diffusion.schedule import Schedule
 from unspool.diffusion.schedule import uniform as uniform_schedule
 from unspool.methods.base import Follower, StepResult
-from unspool.methods.common import FLOW, BatchPrompts, Contexts, Student, clean_latents, noise_like, student_only
-from unspool.methods.diffusion_forcing import chunk_numbers
+from unspool.methods.common import FLOW, BatchPrompts, Student, clean_latents, noise_like, student_only
 from unspool.methods.dmd import same_latents
 from unspool.methods.draws import uniform
-from unspool.methods.scores import Conditioner, Positions, joined
+from unspool.methods.past import Clean, CleanPast, Positions, chunk_numbers
+from unspool.methods.scores import Conditioner, joined
 from unspool.rollout.guidance import combine
 
 
@@ -88,12 +87,7 @@ class CausalConsistency:
         self.teacher = Student(teacher.requires_grad_(False))
         self.average = Student(average.requires_grad_(False))
         self.conditioner = Conditioner(text, null_text)
-        self._contexts = Contexts(self._context)
-
-    def _context(self, frames: int) -> FullSequence:
-        c = self.config
-        mask = teacher_forcing_mask(c.plan, frames, c.visibility, c.positions)
-        return FullSequence(2 * frames, mask, backend=c.backend)
+        self._predict = CleanPast(config)
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -149,7 +143,4 @@ class CausalConsistency:
         return FLOW.to_x0(x, self._velocity(network, x, past, sigma, prompts), sigma)
 
     def _velocity(self, network: Student, x: Tensor, past: Tensor, sigma: Tensor, prompts: BatchPrompts) -> Tensor:
-        frames = x.shape[1]
-        levels = torch.cat([torch.full_like(sigma, self.config.sigma_commit), sigma], dim=1)
-        both = torch.cat([past.to(x.dtype), x], dim=1)
-        return network(both, levels, prompts.doubled(), self._contexts[frames])[:, frames:].to(x.dtype)
+        return self._predict(network, x, sigma, prompts, Clean(past, self.config.sigma_commit)).to(x.dtype)

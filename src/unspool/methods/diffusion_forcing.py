@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from unspool.causal.chunks import ChunkPlan
-from unspool.causal.context import Backend, FullSequence
-from unspool.causal.mask import causal_mask
-from unspool.causal.position import Absolute, Cyclic, ReanchoredSink, WindowRelative
+from unspool.causal.context import Backend
+from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Window, check_window
 from unspool.data.batch import Batch
 from unspool.methods.base import StepResult
 from unspool.methods.common import (
     FLOW,
-    Contexts,
     SigmaLaw,
     Student,
     Weight,
@@ -29,6 +27,7 @@ from unspool.methods.common import (
     student_only,
     velocity_loss,
 )
+from unspool.methods.past import NoisyPast, Positions, chunk_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class DiffusionForcingConfig:
     sigma: SigmaLaw
     weight: Weight
     drop_text: float
-    positions: Absolute | WindowRelative | ReanchoredSink | Cyclic = field(default_factory=Absolute)
+    positions: Positions = field(default_factory=Absolute)
     clean_first: float = 0.0
     backend: Backend = "slices"
 
@@ -74,11 +73,7 @@ class DiffusionForcing:
     ) -> None:
         self.config = config
         self.student = Student(backbone, text, null_text)
-        self._contexts = Contexts(self._context)
-
-    def _context(self, frames: int) -> FullSequence:
-        mask = causal_mask(self.config.plan, frames, self.config.visibility, self.config.positions)
-        return FullSequence(frames, mask, backend=self.config.backend)
+        self._predict = NoisyPast(config)
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -99,14 +94,6 @@ class DiffusionForcing:
         sigma = self.config.sigma.draw((size, int(chunk_of[-1]) + 1), rng)[:, chunk_of].to(x0.dtype)
         sigma = sigma.masked_fill(given, 0.0)
         noise = noise_like(x0, rng)
-        prediction = self.student(FLOW.add_noise(x0, noise, sigma), sigma, prompts, self._contexts[frames])
+        prediction = self._predict(self.student, FLOW.add_noise(x0, noise, sigma), sigma, prompts)
         weights = self.config.sigma.weigh(sigma, self.config.weight)
         return velocity_loss(prediction, FLOW.target(x0, noise, sigma), sigma, weights=weights, counted=~given)
-
-
-def chunk_numbers(plan: ChunkPlan, frames: int) -> Tensor:
-    """The chunk of each of the first `frames` latent frames [frames], int64 on the CPU.
-
-    Raises ValueError past the end of the plan.
-    """
-    return torch.tensor([plan.chunk_of(frame) for frame in range(frames)])

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from unspool.causal.chunks import ChunkPlan
-from unspool.causal.context import Backend, FullSequence
-from unspool.causal.mask import causal_mask, teacher_forcing_mask
+from unspool.causal.context import Backend
 from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Window, check_window
 from unspool.data.batch import Batch, TrajectoryBatch
 from unspool.methods.base import StepResult
-from unspool.methods.common import FLOW, Contexts, Student, student_only
-from unspool.methods.diffusion_forcing import chunk_numbers
+from unspool.methods.common import FLOW, Student, student_only
 from unspool.methods.draws import uniform
+from unspool.methods.past import Clean, CleanPast, NoisyPast, Positions, chunk_numbers
 from unspool.methods.samples import StepList
-from unspool.methods.scores import Conditioner, Positions
+from unspool.methods.scores import Conditioner
 from unspool.ops.transfer import to_device
 
 
@@ -85,14 +84,7 @@ class OdeRegression:
         self.config = config
         self.student = Student(backbone)
         self.conditioner = Conditioner(text, null_text)
-        self._contexts = Contexts(self._context)
-
-    def _context(self, frames: int) -> FullSequence:
-        c = self.config
-        if c.past == "noisy":
-            return FullSequence(frames, causal_mask(c.plan, frames, c.visibility, c.positions), backend=c.backend)
-        mask = teacher_forcing_mask(c.plan, frames, c.visibility, c.positions)
-        return FullSequence(2 * frames, mask, backend=c.backend)
+        self._predict = NoisyPast(config) if config.past == "noisy" else CleanPast(config)
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -119,19 +111,13 @@ class OdeRegression:
     def predict(self, batch: Batch, states: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(prediction, input, sigma [b, t]) for the numbers `which` [b, t] of the stored states."""
         prompts = self.conditioner.given(batch)
-        schedule = self.config.steps.schedule
         rows, columns = torch.arange(len(states))[:, None], torch.arange(states.shape[2])[None]
         x = states[rows, to_device(which, states.device), columns]
-        sigma = torch.tensor(schedule.sigmas, dtype=torch.float32)[which]
-        told = torch.tensor([*(s.conditioning for s in schedule.steps), 0.0], dtype=torch.float32)[which]
-        frames = states.shape[2]
-        if self.config.past == "noisy":
-            return self.student(x, told, prompts, self._contexts[frames]), x, sigma
+        sigma, told = (table[which] for table in self.config.steps.levels)
+        if isinstance(self._predict, NoisyPast):
+            return self._predict(self.student, x, told, prompts), x, sigma
         assert batch.latents is not None
-        both = torch.cat([batch.latents.to(x.dtype), x], dim=1)
-        levels = torch.cat([torch.zeros_like(told), told], dim=1)
-        prediction = self.student(both, levels, prompts.doubled(), self._contexts[frames])[:, frames:]
-        return prediction, x, sigma
+        return self._predict(self.student, x, told, prompts, Clean(batch.latents)), x, sigma
 
     def _states(self, batch: Batch) -> tuple[Tensor, tuple[float, ...]]:
         wanted = self.config.steps.schedule.sigmas

@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 
 from unspool.causal.chunks import ChunkPlan
-from unspool.causal.context import Backend, FullSequence
-from unspool.causal.mask import teacher_forcing_mask
+from unspool.causal.context import Backend
 from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Window
 from unspool.data.batch import Batch
 from unspool.diffusion.flow import FlowMatching
 from unspool.diffusion.schedule import Schedule, unshift_sigma
-from unspool.methods.common import FLOW, BatchPrompts, Contexts, Student
-from unspool.methods.diffusion_forcing import chunk_numbers
+from unspool.methods.common import FLOW, BatchPrompts, Student
 from unspool.methods.draws import normal, shared_integer
+from unspool.methods.past import Clean, CleanPast, Positions, chunk_numbers
 from unspool.methods.samples import Sample, StepList
-from unspool.methods.scores import Positions
 from unspool.models.base import Codec
 from unspool.ops.transfer import to_device
 from unspool.rollout.noise import RecordedNoise
@@ -115,16 +113,11 @@ class OnPolicy:
                 "window inside a stream cannot be opened; use a codec that pads at the start"
             )
         self.config, self.codec = config, codec
-        self._contexts = Contexts(self._context)
+        self._predict = CleanPast(config)
 
     @property
     def steps(self) -> StepList:
         return self.config.steps
-
-    def _context(self, frames: int) -> FullSequence:
-        c = self.config
-        mask = teacher_forcing_mask(c.plan, frames, c.visibility, c.positions)
-        return FullSequence(2 * frames, mask, backend=c.backend)
 
     def __call__(
         self, student: Student, batch: Batch, prompts: BatchPrompts, uncond: BatchPrompts, rng: torch.Generator
@@ -142,7 +135,7 @@ class OnPolicy:
         noise = noise.to(next(student.parameters()).device)
         run = _Run(c, Schedule((*full.sigmas[: last + 1], 0.0), told(full, last)), prompts, noise, lead, turn)
         replays = c.through_kv and torch.is_grad_enabled()  # its values are those of the rollout
-        latents = student(lambda: run.replay(student, self._contexts) if replays else run.latents(student))
+        latents = student(lambda: run.replay(student, self._predict) if replays else run.latents(student))
         sample = Sample(latents=latents, prompts=prompts, uncond=uncond, bounds=self._bounds(full, last))
         return self._window(sample, lead) if lead else sample
 
@@ -253,21 +246,18 @@ class _Run:
         count = len(self.config.plan.chunks(0, self.noise.shape[2]))
         return torch.cat([stream.next_chunk().latents for _ in range(count)], dim=1)
 
-    def replay(self, student: Student, contexts: Contexts) -> Tensor:
+    def replay(self, student: Student, past: CleanPast) -> Tensor:
         """The same latents with gradients through what later chunks read: the rollout without a graph, then one
         teacher-forced forward over [its latents | its states before the last step]."""
         keeper = _Keeper()
         with torch.no_grad():
             latents = self.latents(student, keeper)
         torch.clear_autocast_cache()  # see `Rollout._grad_mode`
-        before = torch.cat(keeper.before, dim=1)
-        frames, step = before.shape[1], self.schedule.steps[-1]
-        levels = torch.tensor([[self.config.sigma_commit] * frames + [step.conditioning] * frames])
-        states = self.prompts.states
-        assert states is not None
-        both = torch.cat([latents, before], dim=1)
-        prediction = student.forward(both, levels.expand(len(both), -1), self.prompts.doubled(), contexts[frames])
-        return FLOW.to_x0(before, prediction[:, frames:].to(before.dtype), step.sigma)
+        before, step = torch.cat(keeper.before, dim=1), self.schedule.steps[-1]
+        levels = torch.full(before.shape[:2], step.conditioning)
+        clean = Clean(latents, self.config.sigma_commit)
+        prediction = past(student.forward, before, levels, self.prompts, clean)
+        return FLOW.to_x0(before, prediction.to(before.dtype), step.sigma)
 
 
 class _Keeper:

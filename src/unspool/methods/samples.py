@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from unspool.causal.chunks import ChunkPlan
-from unspool.causal.context import Backend, FullSequence
-from unspool.causal.mask import causal_mask
+from unspool.causal.context import Backend
 from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Window, check_window
 from unspool.data.batch import Batch
 from unspool.diffusion.schedule import Schedule, few_step, few_step_on_grid
-from unspool.methods.common import FLOW, BatchPrompts, Contexts, Student, clean_latents, noise_like
-from unspool.methods.diffusion_forcing import chunk_numbers
+from unspool.methods.common import FLOW, BatchPrompts, Student, clean_latents, noise_like
 from unspool.methods.draws import uniform
-from unspool.methods.scores import Positions
+from unspool.methods.past import NoisyPast, Positions, chunk_numbers
 from unspool.models.base import Codec
 
 
@@ -47,6 +45,13 @@ class StepList:
         """The schedule of the rollout. It always ends at sigma 0."""
         make = few_step if self.warp else few_step_on_grid
         return make(self.steps, shift=self.shift)
+
+    @property
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """(sigma, what the network is told) at each entry of the schedule, the final 0 among them, float32."""
+        schedule = self.schedule
+        told = [*(step.conditioning for step in schedule.steps), 0.0]
+        return torch.tensor(schedule.sigmas, dtype=torch.float32), torch.tensor(told, dtype=torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,35 +107,30 @@ class NoisedData:
 
     def __init__(self, config: NoisedDataConfig) -> None:
         self.config = config
-        self._contexts = Contexts(self._context)
+        self._predict = NoisyPast(config)
 
     @property
     def steps(self) -> StepList:
         return self.config.steps
 
-    def _context(self, frames: int) -> FullSequence:
-        c = self.config
-        return FullSequence(frames, causal_mask(c.plan, frames, c.visibility, c.positions), backend=c.backend)
-
     def __call__(
         self, student: Student, batch: Batch, prompts: BatchPrompts, uncond: BatchPrompts, rng: torch.Generator
     ) -> Sample:
         x0 = clean_latents(batch)
-        sigma, told = drawn_levels(self.config.steps.schedule, self.config.plan, x0, rng, clean=self.config.clean)
+        sigma, told = drawn_levels(self.config.steps, self.config.plan, x0, rng, clean=self.config.clean)
         x = FLOW.add_noise(x0, noise_like(x0, rng), sigma)
-        prediction = student(x, told, prompts, self._contexts[x0.shape[1]])
+        prediction = self._predict(student, x, told, prompts)
         return Sample(latents=FLOW.to_x0(x, prediction.to(x.dtype), sigma), prompts=prompts, uncond=uncond)
 
 
 def drawn_levels(
-    schedule: Schedule, plan: ChunkPlan, x0: Tensor, rng: torch.Generator, *, clean: bool
+    steps: StepList, plan: ChunkPlan, x0: Tensor, rng: torch.Generator, *, clean: bool
 ) -> tuple[Tensor, Tensor]:
-    """(sigma, what the network is told) [b, t] in float32: per chunk one entry of the schedule, 0 among them if
+    """(sigma, what the network is told) [b, t] in float32: per chunk one entry of the list, 0 among them if
     `clean`."""
     size, frames = x0.shape[:2]
     chunk_of = chunk_numbers(plan, frames)
-    count = schedule.num_steps + clean
+    sigma, told = steps.levels
+    count = len(sigma) - (not clean)
     which = (uniform((size, int(chunk_of[-1]) + 1), rng) * count).long()[:, chunk_of]
-    levels = torch.tensor(schedule.sigmas)
-    told = torch.tensor([*(step.conditioning for step in schedule.steps), 0.0])
-    return levels[which].float(), told[which].float()
+    return sigma[which], told[which]

@@ -7,26 +7,25 @@ its latent frames, uniform, shifted towards noise, and only then clamped.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from unspool.causal.chunks import ChunkPlan
 from unspool.causal.context import Backend, FullSequence
-from unspool.causal.mask import causal_mask, teacher_forcing_mask
-from unspool.causal.position import Absolute, Cyclic, ReanchoredSink, WindowRelative
+from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Window
 from unspool.data.batch import Batch
 from unspool.diffusion.schedule import shift_sigma
 from unspool.methods.common import FLOW, BatchPrompts, Contexts, Student
 from unspool.methods.draws import uniform
+from unspool.methods.past import Clean, CleanPast, Masked, NoisyPast, Positions
 from unspool.rollout.guidance import combine
 
 Reads = Literal["all", "noisy_past", "clean_past"]
 """What a score network sees: the whole clip; the chunks so far, all at one level (diffusion forcing); or its chunk and
 the sample's own clean chunks before it (teacher forcing)."""
-Positions = Absolute | WindowRelative | ReanchoredSink | Cyclic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,28 +135,22 @@ class Score:
 
     def __init__(self, config: ScoreConfig, network: Student) -> None:
         self.config, self.network = config, network
-        self._contexts = Contexts(self._context)
-
-    def _context(self, frames: int) -> FullSequence:
-        c = self.config
-        if c.plan is None:
-            return FullSequence(frames)
-        if c.reads == "noisy_past":
-            mask = causal_mask(c.plan, frames, c.visibility, c.positions)
-            return FullSequence(frames, mask, backend=c.backend)
-        mask = teacher_forcing_mask(c.plan, frames, c.visibility, c.positions)
-        return FullSequence(2 * frames, mask, backend=c.backend)
+        self._whole = Contexts(FullSequence)
+        if config.plan is not None:
+            past = NoisyPast if config.reads == "noisy_past" else CleanPast
+            self._past = past(cast(Masked, config))  # the config has a plan
 
     def velocity(self, x: Tensor, sigma: Tensor, prompts: BatchPrompts, clean: Tensor) -> Tensor:
         """The network's prediction for `x` [b, t, c, h, w] at `sigma` [b, 1], in the dtype of x. `clean`, the sample
         that was noised, is read by `clean_past` alone."""
-        frames = x.shape[1]
-        context, levels = self._contexts[frames], sigma.expand(-1, frames).to(torch.float32)
-        if self.config.reads != "clean_past":
-            return self.network(x, levels, prompts, context).to(x.dtype)
-        both = torch.cat([clean.to(x.dtype), x], dim=1)
-        levels = torch.cat([torch.zeros_like(levels), levels], dim=1)
-        return self.network(both, levels, prompts.doubled(), context)[:, frames:].to(x.dtype)
+        levels = sigma.expand(-1, x.shape[1]).to(torch.float32)
+        if self.config.plan is None:
+            prediction = self.network(x, levels, prompts, self._whole[x.shape[1]])
+        elif isinstance(self._past, CleanPast):
+            prediction = self._past(self.network, x, levels, prompts, Clean(clean))
+        else:
+            prediction = self._past(self.network, x, levels, prompts)
+        return prediction.to(x.dtype)
 
     def x0(self, x: Tensor, sigma: Tensor, prompts: BatchPrompts, uncond: BatchPrompts, clean: Tensor) -> Tensor:
         """The guided estimate, both branches in one forward."""

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from unspool.causal.chunks import ChunkPlan
-from unspool.causal.context import Backend, FullSequence
-from unspool.causal.mask import teacher_forcing_mask
-from unspool.causal.position import Absolute, Cyclic, ReanchoredSink, WindowRelative
+from unspool.causal.context import Backend
+from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Window, check_window
 from unspool.data.batch import Batch
 from unspool.methods.base import StepResult
 from unspool.methods.common import (
     FLOW,
-    Contexts,
     SigmaLaw,
     Student,
     Weight,
@@ -30,8 +28,8 @@ from unspool.methods.common import (
     student_only,
     velocity_loss,
 )
-from unspool.methods.diffusion_forcing import chunk_numbers
 from unspool.methods.draws import uniform
+from unspool.methods.past import Clean, CleanPast, Positions, chunk_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +74,7 @@ class TeacherForcingConfig:
     sigma: SigmaLaw
     weight: Weight
     drop_text: float
-    positions: Absolute | WindowRelative | ReanchoredSink | Cyclic = field(default_factory=Absolute)
+    positions: Positions = field(default_factory=Absolute)
     sigma_commit: float = 0.0
     context: ContextNoise = field(default_factory=ContextNoise)
     backend: Backend = "slices"
@@ -109,11 +107,7 @@ class TeacherForcing:
     ) -> None:
         self.config = config
         self.student = Student(backbone, text, null_text)
-        self._contexts = Contexts(self._context)
-
-    def _context(self, frames: int) -> FullSequence:
-        mask = teacher_forcing_mask(self.config.plan, frames, self.config.visibility, self.config.positions)
-        return FullSequence(2 * frames, mask, backend=self.config.backend)
+        self._predict = CleanPast(config)
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -130,15 +124,13 @@ class TeacherForcing:
         prompts = self.student.prompts_of(batch, chosen((size,), self.config.drop_text, rng))
         sigma = self.config.sigma.draw((size, int(chunk_of[-1]) + 1), rng)[:, chunk_of].to(x0.dtype)
         noise = noise_like(x0, rng)
-        past, told = self._past(x0, chunk_of, rng)
-        x = torch.cat([past, FLOW.add_noise(x0, noise, sigma)], dim=1)
-        levels = torch.cat([told, sigma], dim=1)
-        prediction = self.student(x, levels, prompts.doubled(), self._contexts[frames])[:, frames:]
+        clean = self._clean(x0, chunk_of, rng)
+        prediction = self._predict(self.student, FLOW.add_noise(x0, noise, sigma), sigma, prompts, clean)
         weights = self.config.sigma.weigh(sigma, self.config.weight)
         return velocity_loss(prediction, FLOW.target(x0, noise, sigma), sigma, weights=weights)
 
-    def _past(self, x0: Tensor, chunk_of: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The clean copy, slightly noised where it is drawn, and the level that the network is told for it [b, t]."""
+    def _clean(self, x0: Tensor, chunk_of: Tensor, rng: torch.Generator) -> Clean:
+        """The clean copy, slightly noised where it is drawn, and the level that the network is told for it."""
         size, noise = len(x0), self.config.context
         shape = (size, int(chunk_of[-1]) + 1) if noise.per == "chunk" else (size, 1)
         which = chunk_of if noise.per == "chunk" else torch.zeros_like(chunk_of)
@@ -146,7 +138,7 @@ class TeacherForcing:
         level = noise.max_sigma * uniform(shape, rng)[:, which]
         clean = torch.full_like(level, self.config.sigma_commit).to(x0.dtype)
         if not noise.share:
-            return x0, clean
+            return Clean(x0, clean)
         level = level.to(x0.dtype).masked_fill(~noised, 0.0)
         past = FLOW.add_noise(x0, noise_like(x0, rng), level)
-        return past, torch.where(noised, level, clean) if noise.told == "true" else clean
+        return Clean(past, torch.where(noised, level, clean) if noise.told == "true" else clean)
