@@ -64,7 +64,7 @@ def run(config: CodecTrainingConfig, codec: nn.Module, pixels: Tensor, seed: int
 def test_an_exact_codec_has_no_loss() -> None:
     config = CodecTrainingConfig(
         l1=1.0, mse=1.0, noise=0.5, latent_penalty=0.0, focus="deviation", focus_strength=3.0, gradient=1.0,
-        crop_px=16, crop_share=0.5,
+        temporal=1.0, crop_px=16, crop_share=0.5,
     )  # fmt: skip
     codec = Stub()
     trained = method(config, codec)
@@ -76,9 +76,9 @@ def test_an_exact_codec_has_no_loss() -> None:
 
 
 def test_a_constant_error_has_its_closed_form() -> None:
-    """Also with the gradient term, which a constant does not touch; PSNR is 10 log10(2^2 / d^2)."""
+    """Also with the terms of differences, which a constant does not touch; PSNR is 10 log10(2^2 / d^2)."""
     pixels = sprites()[0] * 0.5
-    metrics = run(replace(PLAIN, gradient=5.0), Stub(0.1), pixels)
+    metrics = run(replace(PLAIN, gradient=5.0, temporal=5.0), Stub(0.1), pixels)
     assert math.isclose(metrics["loss"], 0.1 + 2 * 0.01, rel_tol=1e-4)
     assert math.isclose(metrics["psnr"], 10 * math.log10(4 / 0.01), rel_tol=1e-4)
 
@@ -93,6 +93,16 @@ def test_the_gradient_term_is_that_of_the_errors_differences() -> None:
     config = replace(PLAIN, l1=0.0, mse=1e-9, gradient=1.0)
     assert math.isclose(run(config, Stub(ramp), torch.zeros(1, 1, 3, 8, 16))["loss"], 0.01, rel_tol=1e-4)
     assert math.isclose(run(config, Stub(2 * ramp[:, None]), torch.zeros(1, 1, 3, 16, 8))["loss"], 0.02, rel_tol=1e-4)
+
+
+def test_the_temporal_term_is_that_of_the_errors_change() -> None:
+    """An error that stays has none; one that grows by .01 a frame costs .01^2; one frame has no change."""
+    config = replace(PLAIN, l1=0.0, mse=1e-9, temporal=1.0)
+    pixels = torch.zeros(2, 5, 3, 8, 8)
+    assert run(config, Stub(0.3), pixels)["loss"] < 1e-9
+    growing = 0.01 * torch.arange(5.0)[:, None, None, None]
+    assert math.isclose(run(config, Stub(growing), pixels)["loss"], 1e-4, rel_tol=1e-3)
+    assert run(config, Stub(0.3), pixels[:, :1])["loss"] < 1e-9
 
 
 @pytest.mark.parametrize("strength", [1.0, 4.0])

@@ -31,10 +31,11 @@ class CodecTrainingConfig:
     """What decides the objective.
 
     Fields: `l1`, `mse` weights of the mean absolute and squared error; `gradient` weight of the mean absolute error of
-    the differences of neighbouring pixels; `focus`, `focus_strength`: a pixel weighs 1 + strength * focus map (see
-    `focus_map`); `noise` largest noise on the latents that the decoder sees, in standard deviations; `latent_penalty`
-    weight of the divergence of the latents' channels from the standard normal; `crop_px` side of square crops
-    (multiple of 8) that a share `crop_share` of the batches is cut to, where the focus is.
+    the differences of neighbouring pixels; `temporal` weight of the mean squared error of the differences of successive
+    frames (without it a decoder's errors jump where a latent frame ends); `focus`, `focus_strength`: a pixel weighs
+    1 + strength * focus map (see `focus_map`); `noise` largest noise on the latents that the decoder sees, in standard
+    deviations; `latent_penalty` weight of the divergence of the latents' channels from the standard normal; `crop_px`
+    side of square crops (multiple of 8) that a share `crop_share` of the batches is cut to, where the focus is.
     """
 
     l1: float
@@ -44,11 +45,12 @@ class CodecTrainingConfig:
     focus: Focus
     focus_strength: float
     gradient: float = 0.0
+    temporal: float = 0.0
     crop_px: int | None = None
     crop_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("l1", "mse", "noise", "latent_penalty", "focus_strength", "gradient"):
+        for name in ("l1", "mse", "noise", "latent_penalty", "focus_strength", "gradient", "temporal"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a weight of at least 0")
         if self.l1 + self.mse <= 0.0:
@@ -66,7 +68,8 @@ class CodecTrainingConfig:
 
 
 class CodecTraining:
-    """E [ w (l1 |d| + mse d^2) ] + gradient E [ w |grad d| ] + latent_penalty KL, with d = decode(z + s std e) - x.
+    """E [ w (l1 |d| + mse d^2) ] + gradient E [ w |grad d| ] + temporal E [ w (d_f - d_(f-1))^2 ] + latent_penalty KL,
+    with d = decode(z + s std e) - x.
 
     Here z = encode(x), e ~ N(0, 1), s ~ U(0, noise) per clip, std that of each channel of z, w = 1 + focus_strength
     `focus_map(x)`, and KL = mean over channels of (mean^2 + var - log var - 1) / 2, statistics over the batch. The
@@ -101,6 +104,8 @@ class CodecTraining:
             rows, columns = error.diff(dim=-2).abs(), error.diff(dim=-1).abs()
             edges = (weight[..., 1:, :] * rows).mean() + (weight[..., 1:] * columns).mean()
             loss = loss + self.config.gradient * edges
+        if self.config.temporal and pixels.shape[1] > 1:
+            loss = loss + self.config.temporal * (weight[:, 1:] * error.diff(dim=1).square()).mean()
         mean, var = channel_statistics(latents)
         divergence = 0.5 * (mean.square() + var - var.clamp_min(1e-12).log() - 1.0).mean()
         loss = loss + self.config.latent_penalty * divergence
