@@ -31,8 +31,8 @@ class CodecTrainingConfig:
     """What decides the objective.
 
     Fields: `l1`, `mse` weights of the mean absolute and squared error; `gradient` weight of the mean absolute error of
-    the differences of neighbouring pixels; `temporal` weight of the mean squared error of the differences of successive
-    frames (without it a decoder's errors jump where a latent frame ends); `focus`, `focus_strength`: a pixel weighs
+    the differences of neighbouring pixels; `temporal` weight of the same penalty on how the error changes from frame
+    to frame (without it a decoder's errors jump where a latent frame begins); `focus`, `focus_strength`: a pixel weighs
     1 + strength * focus map (see `focus_map`); `noise` largest noise on the latents that the decoder sees, in standard
     deviations; `latent_penalty` weight of the divergence of the latents' channels from the standard normal; `crop_px`
     side of square crops (multiple of 8) that a share `crop_share` of the batches is cut to, where the focus is.
@@ -68,8 +68,8 @@ class CodecTrainingConfig:
 
 
 class CodecTraining:
-    """E [ w (l1 |d| + mse d^2) ] + gradient E [ w |grad d| ] + temporal E [ w (d_f - d_(f-1))^2 ] + latent_penalty KL,
-    with d = decode(z + s std e) - x.
+    """E [ w p(d) ] + gradient E [ w |grad d| ] + temporal E [ w p(d_f - d_(f-1)) ] + latent_penalty KL, with
+    d = decode(z + s std e) - x and p(d) = l1 |d| + mse d^2.
 
     Here z = encode(x), e ~ N(0, 1), s ~ U(0, noise) per clip, std that of each channel of z, w = 1 + focus_strength
     `focus_map(x)`, and KL = mean over channels of (mean^2 + var - log var - 1) / 2, statistics over the batch. The
@@ -99,13 +99,13 @@ class CodecTraining:
         found, latents = self.codec(pixels, self._noise(pixels, rng))
         error = found - pixels
         weight = 1.0 + self.config.focus_strength * focus
-        loss = (weight * (self.config.l1 * error.abs() + self.config.mse * error.square())).mean()
+        loss = (weight * self._penalty(error)).mean()
         if self.config.gradient:
             rows, columns = error.diff(dim=-2).abs(), error.diff(dim=-1).abs()
             edges = (weight[..., 1:, :] * rows).mean() + (weight[..., 1:] * columns).mean()
             loss = loss + self.config.gradient * edges
         if self.config.temporal and pixels.shape[1] > 1:
-            loss = loss + self.config.temporal * (weight[:, 1:] * error.diff(dim=1).square()).mean()
+            loss = loss + self.config.temporal * (weight[:, 1:] * self._penalty(error.diff(dim=1))).mean()
         mean, var = channel_statistics(latents)
         divergence = 0.5 * (mean.square() + var - var.clamp_min(1e-12).log() - 1.0).mean()
         loss = loss + self.config.latent_penalty * divergence
@@ -121,6 +121,9 @@ class CodecTraining:
             if self.config.focus != "none":
                 metrics["psnr_focus"] = psnr((wrong.mean(2, keepdim=True) * focus).sum() / focus.sum())
         return StepResult(loss=loss, metrics=metrics)
+
+    def _penalty(self, error: Tensor) -> Tensor:
+        return self.config.l1 * error.abs() + self.config.mse * error.square()
 
     def _crop(self, pixels: Tensor, focus: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         side, (batch, _, _, height, width) = self.config.crop_px, pixels.shape
