@@ -18,6 +18,7 @@ from unspool.data.worlds.stage import EVENTS, Scene, StageConfig, frame_times
 from unspool.engine.pipeline import Pipeline
 from unspool.evaluate.protocol import (
     ClipProtocol,
+    SpreadProtocol,
     StageProtocol,
     StreamProtocol,
     SwitchProtocol,
@@ -34,6 +35,7 @@ PROTOCOL = StageProtocol(
     clips=ClipProtocol(prompts=3, held_out=2, sprites=(0.5, 0.5), frames=25, unconditional=1),
     switches=SwitchProtocol(per_kind=1, kinds=KINDS, before=2, after=2),
     streams=StreamProtocol(prompts=1, seconds=6.0, segment_s=3.0),
+    spread=SpreadProtocol(prompts=2, seeds=3, frames=25),
     stage=StageConfig(fps=FPS),
     batch=2,
     resamples=200,

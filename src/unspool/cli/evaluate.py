@@ -40,8 +40,8 @@ class Args:
     """smoke: does it run; standard: the numbers of a model card; full: for a GPU."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out/evaluation")
     """Folder for results, tables, curves, samples, and what is needed to continue."""
-    parts: tuple[Literal["clips", "switches", "streams"], ...] = ("clips", "switches", "streams")
-    """What to measure: clips under one prompt, changes of prompt, long streams."""
+    parts: tuple[Literal["clips", "switches", "streams", "spread"], ...] = ("clips", "switches", "streams", "spread")
+    """What to measure: clips under one prompt, changes of prompt, long streams, diversity under one prompt."""
     sheet: bool = False
     """Also write the first 30 samples, good and bad, with captions and verdicts (samples.png, samples.mp4)."""
     steps: int | None = None
@@ -107,7 +107,7 @@ def run(args: Args) -> int:
 def _check(args: Args) -> None:
     """Refuse what cannot work before anything slow is imported."""
     if not args.parts:
-        raise ValueError("--parts: expected some of clips, switches and streams")
+        raise ValueError("--parts: expected some of clips, switches, streams and spread")
     if not 1 <= args.workers <= 256:
         raise ValueError(f"--workers {args.workers}: expected 1 to 256")
     if args.teacher is None and (args.teacher_steps is not None or args.teacher_guidance is not None):

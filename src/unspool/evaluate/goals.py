@@ -43,7 +43,14 @@ NAMES = {"adherence": "mean attribute adherence", "strict": "all attributes righ
 
 def goals(summary: Summary) -> list[Goal]:
     """Every goal of the stage model, in the order of the table."""
-    return [*_codec(summary), *_teacher(summary), *_student(summary), *_switches(summary), *_held_out(summary)]
+    return [
+        *_codec(summary),
+        *_teacher(summary),
+        *_student(summary),
+        *_switches(summary),
+        *_held_out(summary),
+        *_spread(summary),
+    ]
 
 
 def _codec(summary: Summary) -> Iterator[Goal]:
@@ -89,6 +96,11 @@ def _held_out(summary: Summary) -> Iterator[Goal]:
         for metric in ("adherence", "strict"):
             value = summary.seen_minus_held_out.get(name, {}).get(ALL, {}).get(f"{metric}_share")
             yield Goal(f"{name}, seen minus held-out compositions, {NAMES[metric]}", value, high=0.10)
+
+
+def _spread(summary: Summary) -> Iterator[Goal]:
+    value = summary.spread.get(f"{STUDENT} / {TEACHER}", {}).get("diversity")
+    yield Goal("diversity, student over teacher", value, low=0.9)
 
 
 def _clips(summary: Summary, row: str, group: str) -> Group:

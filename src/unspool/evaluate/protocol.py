@@ -14,7 +14,7 @@ from unspool.data.worlds.splits import Split
 from unspool.data.worlds.stage import EVENTS, Scene, Stage, StageConfig
 from unspool.evaluate.switches import wanted
 
-PARTS = ("clips", "switches", "streams")
+PARTS = ("clips", "switches", "streams", "spread")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,26 @@ class StreamProtocol:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpreadProtocol:
+    """Diversity: `seeds` clips of `frames` frames for each of `prompts` prompts of the split "test", and as many
+    arrangements of the truth as `truths`."""
+
+    prompts: int = 16
+    seeds: int = 6
+    frames: int = 33
+    truths: int = 32
+
+    def __post_init__(self) -> None:
+        if self.prompts < 2 or min(self.seeds, self.truths) < 3:
+            raise ValueError(
+                f"spread: prompts={self.prompts}, seeds={self.seeds}, truths={self.truths}: expected at least 2 "
+                "prompts, and 3 clips of each"
+            )
+        if self.frames < 25 or self.frames % 4 != 1:
+            raise ValueError(f"spread.frames={self.frames}: expected 1 + 4k and at least 25, such as 33")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageProtocol:
     """One evaluation of a model of the Sprite Stage. `stage`: the stage on which it was trained; `seed` of the noise;
     `batch` clips generated at once (part of the protocol: another batch rounds differently)."""
@@ -90,6 +110,7 @@ class StageProtocol:
     clips: ClipProtocol = field(default_factory=ClipProtocol)
     switches: SwitchProtocol = field(default_factory=SwitchProtocol)
     streams: StreamProtocol = field(default_factory=StreamProtocol)
+    spread: SpreadProtocol = field(default_factory=SpreadProtocol)
     stage: StageConfig = field(default_factory=StageConfig)
     seed: int = 0
     batch: int = 16
@@ -105,6 +126,7 @@ PRESETS: dict[str, StageProtocol] = {
         clips=ClipProtocol(prompts=8, held_out=4, frames=33, unconditional=2),
         switches=SwitchProtocol(per_kind=1, before=2, after=3),
         streams=StreamProtocol(prompts=2, seconds=6.0, segment_s=2.0),
+        spread=SpreadProtocol(prompts=2, seeds=3, frames=25),
         batch=8,
     ),
     "standard": StageProtocol(),
@@ -112,6 +134,7 @@ PRESETS: dict[str, StageProtocol] = {
         clips=ClipProtocol(held_out=256, seeds=4, unconditional=256),
         switches=SwitchProtocol(per_kind=64),
         streams=StreamProtocol(prompts=64, seconds=50.0),
+        spread=SpreadProtocol(prompts=64, seeds=8),
         batch=64,
     ),
 }

@@ -29,6 +29,7 @@ from unspool.evaluate.tables import (
     compare_splits,
     compare_student,
     lasting_table,
+    spread_table,
     stream_table,
     switch_table,
 )
@@ -88,6 +89,8 @@ def summarise(evaluation: Evaluation, results: Results) -> Summary:
     if results.streams:
         summary.streams = stream_table(results.streams, resamples)
         summary.lasting = lasting_table(results.streams, config.streams.segment_s, resamples)
+    if results.spread:
+        summary.spread = spread_table(results.spread, resamples)
     return summary
 
 
@@ -228,6 +231,12 @@ def markdown(summary: Summary, facts: Mapping[str, Any]) -> str:
     if summary.lasting:
         columns = {name: name.replace("_", " ") for name in summary.lasting[TRUTH]}
         lines += ["**How long streams last**", "", *table_lines(summary.lasting, columns, "row"), ""]
+    if summary.spread:
+        count, seeds = (facts["protocol"]["spread"][name] for name in ("prompts", "seeds"))
+        lines += [f"**Diversity**: spread of {seeds} clips of one prompt over that of the stage's own arrangements", ""]
+        lines += [f"of it, {count} prompts; 1 is as diverse, 0 one clip per prompt", ""]
+        columns = {"start": "where sprites begin", "course": "their course over 1 s", "diversity": "both"}
+        lines += [*table_lines(summary.spread, columns, "row"), ""]
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from unspool.config import to_dict
 from unspool.data.stage import to_pixels
+from unspool.data.worlds.stage import Stage
 from unspool.engine.clock import Clock
 from unspool.engine.decode import to_uint8
 from unspool.engine.pipeline import Pipeline
@@ -33,6 +34,7 @@ from unspool.evaluate.measures import (
 from unspool.evaluate.protocol import PARTS, Case, StageProtocol, batches, clip_cases, stream_cases, switch_cases
 from unspool.evaluate.runner import Arm, ClipStore, Measures, Progress, Request, mark, scorer_mark
 from unspool.evaluate.sheet import Sample
+from unspool.evaluate.spread import drawn_states, measure_states
 from unspool.evaluate.switches import measure_switch
 from unspool.log import notice_once
 from unspool.rollout.state import weights_mark
@@ -73,11 +75,12 @@ class Times:
 @dataclass
 class Results:
     """Everything that was measured: `clips` by split and row, `switches` by kind of event and row, `streams` by row
-    (names with the number of the segment)."""
+    (names with the number of the segment), `spread` by row (states of sprites; several clips of each prompt)."""
 
     clips: dict[str, Rows] = field(default_factory=dict)
     switches: dict[str, Rows] = field(default_factory=dict)
     streams: Rows = field(default_factory=dict)
+    spread: Rows = field(default_factory=dict)
 
 
 class Evaluation:
@@ -143,13 +146,15 @@ class Evaluation:
                 if clips.held_out:
                     results.clips["heldout"] = self._clips("heldout", clips.held_out)
             if not self.student.pipeline.spec.is_causal:
-                if set(parts) - {"clips"}:
+                if set(parts) & {"switches", "streams"}:
                     notice_once("evaluate-bidirectional", "a bidirectional model: no changes of prompt, no streams")
             else:
                 if "switches" in parts:
                     results.switches = self._switches()
                 if "streams" in parts:
                     results.streams = self._streams()
+            if "spread" in parts:
+                results.spread = self._spread()
         finally:
             self.measures.close()
         return results
@@ -317,6 +322,29 @@ class Evaluation:
         keys = [self._key("stream", case, source, k, segment) for k, case in enumerate(batch)]
         self._measure(rows, STUDENT, batch, keys, jobs)
         self._note_time(STUDENT, self.student, request)
+
+    # ---- diversity ---------------------------------------------------------------------------------------------
+
+    def _spread(self) -> Rows:
+        config, stage = self.config.spread, Stage(self.config.stage)
+        cases = clip_cases(self.config, "test", config.prompts)
+        self.progress.start("diversity", len(cases) * config.seeds * len(self.arms))
+        rows: Rows = {TRUTH: Row()}
+        for case in cases:
+            rows[TRUTH].add([case] * config.truths, drawn_states(stage, case.scene, config.truths))
+        for batch in batches(cases, self.config.batch):
+            for arm in self.arms:
+                for seed in range(config.seeds):
+                    request = self._request(batch, config.frames, seed)
+                    source = self.store.key(arm, request)
+                    keys = [self._key("states", case, source, k) for k, case in enumerate(batch)]
+                    self._measure(rows, arm.name, batch, keys, partial(self._states, arm, request, batch))
+                    self._note_time(arm.name, arm, request)
+        return rows
+
+    def _states(self, arm: Arm, request: Request, batch: Sequence[Case]) -> list[Measure]:
+        clips = self.store.clips(arm, request)
+        return [partial(measure_states, own, case.scene, self.form) for own, case in zip(clips, batch, strict=True)]
 
     def _note_time(self, name: str, arm: Arm, request: Request) -> None:
         """Add what a batch took to the times of `name`."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from unspool.data.worlds.scorer import SCORES
 from unspool.evaluate import stats
+from unspool.evaluate.spread import diversity, spreads
 from unspool.evaluate.stage import STUDENT, TEACHER, TRUTH, Row, Rows
 from unspool.evaluate.stats import Interval
 
@@ -35,6 +36,8 @@ class Summary:
     seen_minus_held_out: dict[str, dict[str, Group]] = field(default_factory=dict)
     switches: dict[str, dict[str, Group]] = field(default_factory=dict)
     streams: dict[str, list[Group]] = field(default_factory=dict)
+    spread: dict[str, Group] = field(default_factory=dict)
+    """Row -> how differently one prompt is arranged, over the truth; and the student's spread over the teacher's."""
     lasting: dict[str, Group] = field(default_factory=dict)
     """Streams, by row: seconds until a segment is not strictly right, and what the last segment lost."""
 
@@ -221,6 +224,15 @@ def lasting_table(rows: Rows, segment_s: float, resamples: int) -> dict[str, Gro
             out[name][f"{score}_last_minus_first"] = stats.paired_difference(
                 last, first, row.clusters, resamples=resamples
             )
+    return out
+
+
+def spread_table(rows: Rows, resamples: int) -> dict[str, Group]:
+    """Row -> diversity over the truth; "student / teacher" where both are there."""
+    found = {name: spreads(row.values, row.clusters) for name, row in rows.items()}
+    out = {name: diversity(own, found[TRUTH], resamples) for name, own in found.items() if name != TRUTH}
+    if TEACHER in found and STUDENT in found:
+        out[f"{STUDENT} / {TEACHER}"] = diversity(found[STUDENT], found[TEACHER], resamples)
     return out
 
 

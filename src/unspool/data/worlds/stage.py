@@ -183,6 +183,20 @@ class Stage:
             f"{count} sprites of {self.config.colours} leave no scene of split {split!r}; allow more of them"
         )
 
+    def rearranged(self, scene: Scene, number: int) -> Scene:
+        """Arrangement `number` of the sprites of a scene without events: the same prompt, other places and phases.
+        Raises ValueError for a scene with events."""
+        if scene.events:
+            raise ValueError(f"a scene with {len(scene.events)} events; expected one without")
+        looks = [look for _, look in scene.looks(0.0)]
+        key = zlib.crc32(repr((scene.actors, scene.skies)).encode()) | self.config.seed << 32
+        rng = np.random.Generator(np.random.Philox(key=[key, number]))
+        for _ in range(64):
+            actors = _Director(self.config, rng, held_out=False)._place(looks)
+            if actors is not None:
+                return replace(scene, actors=actors)
+        raise ValueError(f"no arrangement of {len(looks)} sprites in which they do not hide each other")
+
 
 class _Director:
     """Makes up one scene: what is on the stage, where, and what happens."""
