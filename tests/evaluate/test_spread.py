@@ -32,10 +32,10 @@ def test_states_are_read_off_pixels(index: int) -> None:
     other = STAGE.rearranged(scene, 4)
     found = measure_states(FORM.render(other, 25), other, FORM)
     drawn = drawn_states(STAGE, scene, 5)[4]
-    assert set(found) == set(drawn) == {f"{name}.{k}" for name in STATES for k in range(2)}
+    assert set(found) == set(drawn) == {f"{name}.{a.look(0).colour}" for name in STATES for a in scene.actors}
     for name, value in found.items():
         # a sprite that is hidden at first has moved on by the time that it is seen
-        assert math.isnan(value) or abs(value - drawn[name]) < 0.1, name
+        assert math.isnan(value) or abs(value - drawn[name]) < 0.05, name
     assert sum(math.isnan(value) for value in found.values()) <= len(STATES), "at most one sprite is hidden"
 
 
@@ -56,7 +56,7 @@ def test_the_truth_against_itself_is_one_and_a_single_clip_zero() -> None:
     assert all(abs(value.value - 1) < 0.15 and value.low <= value.value <= value.high for value in own.values()), own
     values, clusters = rows(48)
     same = [values[48 * cluster] for cluster in clusters]
-    assert all(value.value == 0 for value in diversity(spreads(same, clusters), truth, 200).values())
+    assert all(value.value < 1e-9 for value in diversity(spreads(same, clusters), truth, 200).values())
     half = [{name: v[name] / 2 for name in v} for v in values]
     assert math.isclose(diversity(spreads(half, clusters), truth, 200)["diversity"].value, 0.5, rel_tol=1e-9)
 

@@ -102,8 +102,8 @@ def test_streams_are_scored_by_segment(shown: Shown) -> None:
 
 def test_a_model_with_one_clip_per_prompt_is_not_diverse(shown: Shown) -> None:
     spread = shown[2].spread
-    assert set(spread) == {STUDENT, TEACHER}, "nothing to divide by in the teacher's spread either"
-    assert spread[STUDENT]["diversity"].value == 0 and spread[STUDENT]["diversity"].n == 2
+    assert set(spread) >= {STUDENT, TEACHER}
+    assert spread[STUDENT]["diversity"].value < 1e-6 and spread[STUDENT]["diversity"].n == 2
 
 
 def test_the_report_parses_and_says_what_it_says(shown: Shown, tmp_path: Path) -> None:

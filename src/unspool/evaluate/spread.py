@@ -27,20 +27,20 @@ STATES = ("start_x", "start_y", "course_x", "course_y")
 
 
 def measure_states(frames: Frames, scene: Scene, form: Format) -> Values:
-    """The states of each prompted sprite as "<state>.<sprite>", as the scorer sees them in pixels; NaN for a sprite
+    """The states of each prompted sprite as "<state>.<colour>", as the scorer sees them in pixels; NaN for a sprite
     that is not seen where it is needed."""
     lag = round(COURSE_S * form.fps)
     tracks = {track.colour: track for track in analyse(frames, form.fps).tracks}
     out: Values = {}
-    for number, sprite in enumerate(scene.prompts[0].caption.sprites):
+    for colour in (actor.look(0.0).colour for actor in scene.actors):  # no two of them are alike
         values = [math.nan] * len(STATES)
-        track = tracks.get(sprite[0])
+        track = tracks.get(colour)
         if track is not None and track.seen[: round(START_S * form.fps)].any():
             first = int(track.seen.argmax())
             if first + lag < len(frames):
                 x, y = (float(place[first]) for place in (track.x, track.y))
                 values = [x, y, float(track.x[first + lag]) - x, float(track.y[first + lag]) - y]
-        out.update({f"{name}.{number}": value for name, value in zip(STATES, values, strict=True)})
+        out.update({f"{name}.{colour}": value for name, value in zip(STATES, values, strict=True)})
     return out
 
 
@@ -49,11 +49,13 @@ def drawn_states(stage: Stage, scene: Scene, count: int) -> list[Values]:
     out: list[Values] = []
     for number in range(count):
         values: Values = {}
-        for k, actor in enumerate(stage.rearranged(scene, number).actors):
+        for actor in stage.rearranged(scene, number).actors:
             x, y = actor.path(frame_times(2, 1.0 / COURSE_S))
             course = (x[1] - x[0], y[1] - y[0])
             found = (x[0], y[0], *course)
-            values.update({f"{name}.{k}": float(value) for name, value in zip(STATES, found, strict=True)})
+            values.update(
+                {f"{name}.{actor.look(0.0).colour}": float(value) for name, value in zip(STATES, found, strict=True)}
+            )
         out.append(values)
     return out
 
