@@ -22,6 +22,8 @@ F64 = NDArray[np.float64]
 
 START_S, COURSE_S = 0.5, 1.0
 """Seconds within which a sprite must first be seen, and after which its course is read."""
+FIXED = 1e-9
+"""Variance up to which a state counts as fixed, so that nothing is divided by rounding."""
 STATES = ("start_x", "start_y", "course_x", "course_y")
 """Where a sprite is first seen, and how far it has come after `COURSE_S`, in stage units."""
 
@@ -86,7 +88,7 @@ def diversity(own: dict[int, F64], truth: dict[int, F64], resamples: int) -> dic
     if not both:
         return {}
     a, b = (np.stack([rows[cluster] for cluster in both]) for rows in (own, truth))
-    scale = b.mean(0)
+    scale = np.where(b.mean(0) > FIXED, b.mean(0), np.inf)
     parts = {"start": slice(0, 2), "course": slice(2, 4), "diversity": slice(0, 4)}
     return {name: _root_ratio((a / scale)[:, part], (b / scale)[:, part], both, resamples)
             for name, part in parts.items()}  # fmt: skip
