@@ -16,12 +16,12 @@ SMALL = (
     "codec.train.steps=2", "codec.train.batch=2", "codec.codec.encoder_widths=8,8,8,8", "codec.frames=9",
     "codec.codec.decoder_widths=8,8,8,8",
     "text.train.steps=2", "text.train.batch=4", "text.text.dim=32", "text.text.layers=1", "text.text.out_dim=16",
-    *(f"{part}.{change}" for part in ("teacher", "student") for change in (
+    *(f"{part}.{change}" for part in ("teacher", "student", "few", "distil") for change in (
         "train.steps=4", "train.batch=2", "network.dim=32", "network.ffn_dim=64", "network.num_layers=1",
         "network.num_heads=2", "network.text_dim=16", "train.compile=false", "watch.every=4", "watch.clips=2",
         "watch.frames=21", "watch.steps=2",
     )),
-    "teacher.short.legs=[[3,1],[9,1]]",
+    "teacher.short.legs=[[3,1],[9,1]]", "few.short.legs=[[3,4]]", "distil.method.sample.frames=3",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def build(folder: Path, **changes: object) -> tuple[str | None, list[str]]:
 
 
 @pytest.mark.slow
-def test_the_chain_ends_in_two_models_that_load(tmp_path: Path) -> None:
+def test_the_chain_ends_in_three_models_that_load(tmp_path: Path) -> None:
     from unspool.engine.load import load
 
     assert build(tmp_path, until="text")[0] is None
@@ -43,9 +43,10 @@ def test_the_chain_ends_in_two_models_that_load(tmp_path: Path) -> None:
     assert any("score/one/adherence" in row for row in rows)
     assert (tmp_path / "stage-64" / "teacher" / "samples" / "step-00000004.png").is_file()
     student = load(tmp_path / "stage-64" / "model")
-    assert student.generate("a red ball bounces at sunset", seconds=1, steps=2).frames.shape[1:] == (64, 64, 3)
-    teacher = load(tmp_path / "stage-64" / "teacher-model")
-    assert not teacher.spec.is_causal
+    assert student.generate("a red ball bounces at sunset", seconds=1).frames.shape[1:] == (64, 64, 3)
+    assert load(tmp_path / "stage-64" / "model").settings().steps == 4
+    assert load(tmp_path / "stage-64" / "stage-64-many-step").settings().steps == 25
+    assert not load(tmp_path / "stage-64" / "stage-64-teacher").spec.is_causal
 
 
 def test_a_leg_without_time_saves_nothing_and_says_where_it_stopped(tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_a_leg_without_time_saves_nothing_and_says_where_it_stopped(tmp_path: Pa
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:
     for wrong, match in (
-        ({"size_px": 96}, "64 or 128"), ({"until": "distil"}, "codec, text"), ({"clips": 3}, "at least 64"),
+        ({"size_px": 96}, "64 or 128"), ({"until": "all"}, "codec, text"), ({"clips": 3}, "at least 64"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             StageModelConfig(out=tmp_path, **wrong)  # type: ignore[arg-type]

@@ -10,10 +10,11 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Build the stage model: codec, text encoder, latents, bidirectional teacher, causal student, model folders.
+    """Build the stage model: codec, text encoder, latents, bidirectional teacher, causal student, its distillation to
+    few steps, model folders.
 
     No download and no data are needed: the clips are rendered. Run it again to go on where it stopped; every part is
-    kept under --out and made once. About six hours on two CPU cores at 64 px.
+    kept under --out and made once. About nine hours on two CPU cores at 64 px.
     """
 
     overrides: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -27,11 +28,11 @@ class Args:
     max_minutes: float | None = None
     """End this leg with everything saved after so many minutes."""
     until: str = "models"
-    """Last part to do: codec, text, latents, teacher, student or models."""
+    """Last part to do: codec, text, latents, teacher, student, few, distil or models."""
     assets: Path | None = None
     """Folder to write the student's model into, such as src/unspool/assets/stage."""
     weights: Path | None = None
-    """Folder to write the teacher's model into, such as weights/stage-64-teacher."""
+    """Folder for the model folders of the teacher and the many-step student, such as weights."""
 
 
 def run(args: Args) -> int:

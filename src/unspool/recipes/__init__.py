@@ -14,6 +14,8 @@ RECIPES: dict[str, str] = {
     "stage-128-codec": "unspool.recipes.stage:codec_128",
     "stage-128-teacher": "unspool.recipes.stage:teacher_128",
     "stage-128-student": "unspool.recipes.stage:student_128",
+    "stage-128-consistency": "unspool.recipes.stage_distil:consistency_128",
+    "stage-128-self-forcing": "unspool.recipes.stage_distil:self_forcing_128",
     "wan-1.3b-causvid-ode": "unspool.recipes.wan_distil:wan_causvid_ode",
     "wan-1.3b-causvid": "unspool.recipes.wan_distil:wan_causvid_dmd",
     "wan-1.3b-consistency": "unspool.recipes.wan_distil:wan_consistency",

@@ -102,7 +102,7 @@ def codec_128() -> CodecRecipe:
 def teacher_128() -> TeacherRecipe:
     """Bidirectional teacher of the 128 px stage: 20 M parameters, 64 tokens per latent frame, one GPU."""
     return TeacherRecipe(
-        size_px=128, network=network(dim=384, layers=8, heads=6),
+        size_px=128, network=network_128(),
         text="runs/stage-128/text.safetensors", data="runs/stage-128/latents",
         short=ShortClips(legs=((3, 4000), (9, 3000))),
         method=FlowMatchingConfig(sigma=towards_noise(), weight="none", drop_text=0.1),
@@ -113,7 +113,7 @@ def teacher_128() -> TeacherRecipe:
 def student_128() -> StudentRecipe:
     """Causal many-step student of the 128 px stage."""
     return StudentRecipe(
-        size_px=128, network=network(dim=384, layers=8, heads=6),
+        size_px=128, network=network_128(),
         text="runs/stage-128/text.safetensors", data="runs/stage-128/latents",
         start="runs/stage-128/teacher/student.safetensors",
         method=_teacher_forcing(),
@@ -124,6 +124,11 @@ def student_128() -> StudentRecipe:
 def network_64() -> WanConfig:
     """Sizes of all networks of the 64 px stage."""
     return network(dim=256, layers=8, heads=4)
+
+
+def network_128() -> WanConfig:
+    """Sizes of all networks of the 128 px stage."""
+    return network(dim=384, layers=8, heads=6)
 
 
 def train_config(
@@ -158,6 +163,16 @@ def _teacher_forcing() -> TeacherForcingConfig:
 
 
 __all__ = [
-    "CLIP", "codec_64", "codec_128", "network", "network_64", "student_64", "student_128", "teacher_64", "teacher_128",
-    "text_64", "train_config",
+    "CLIP",
+    "codec_64",
+    "codec_128",
+    "network",
+    "network_64",
+    "network_128",
+    "student_64",
+    "student_128",
+    "teacher_64",
+    "teacher_128",
+    "text_64",
+    "train_config",
 ]  # fmt: skip

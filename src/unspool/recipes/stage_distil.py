@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from unspool.methods.common import Student
 from unspool.methods.consistency import ConsistencyConfig
@@ -12,9 +12,10 @@ from unspool.methods.ode_regression import OdeRegressionConfig
 from unspool.methods.on_policy import OnPolicyConfig
 from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import ScoreConfig, ScoreLevels
-from unspool.recipes.stage import network_64, train_config
+from unspool.recipes.stage import network_64, network_128, train_config
 from unspool.recipes.stage_folder import GUIDANCE, SHIFT
 from unspool.recipes.stage_parts import CLIP, LatentRecipe, chunks
+from unspool.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,24 +152,22 @@ class DmdRecipe(DistilRecipe):
         )
 
 
-_HOME = "runs/stage-64"
-
-
 def consistency_64() -> ConsistencyRecipe:
     """Few-step initialisation of the 64 px stage: the many-step student taught to jump, guidance included."""
-    return ConsistencyRecipe(
-        network=network_64(), text=f"{_HOME}/text.safetensors", data=f"{_HOME}/latents",
-        start=f"{_HOME}/student/student.safetensors",
-        method=ConsistencyConfig(grid=GRID, shift=SHIFT, guidance_from_uncond=GUIDANCE, plan=chunks(), decay=0.95),
-        train=train_config(steps=600, batch=16, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True),
-    )  # fmt: skip
+    return _consistency(64, train_config(
+        steps=600, batch=16, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True))  # fmt: skip
+
+
+def consistency_128() -> ConsistencyRecipe:
+    """The same at 128 px (one GPU, minutes)."""
+    return _consistency(128, train_config(
+        steps=1500, batch=48, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True))  # fmt: skip
 
 
 def ode_64() -> OdeRecipe:
     """Few-step initialisation from paths of the bidirectional teacher, sampled first (CausVid)."""
     return OdeRecipe(
-        network=network_64(), text=f"{_HOME}/text.safetensors", data=f"{_HOME}/latents",
-        start=f"{_HOME}/student/student.safetensors", teacher=f"{_HOME}/teacher/student.safetensors",
+        **_files(64), start=_weights(64, "student"), teacher=_weights(64, "teacher"),
         method=OdeRegressionConfig(steps=FEW_STEPS, plan=chunks()),
         train=train_config(steps=600, batch=16, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True),
     )  # fmt: skip
@@ -176,28 +175,60 @@ def ode_64() -> OdeRecipe:
 
 def self_forcing_64() -> DmdRecipe:
     """The shipped few-step student: its own rollouts against the bidirectional teacher (Self-Forcing)."""
-    sample = OnPolicyConfig(steps=FEW_STEPS, plan=chunks(), frames=CLIP, latent_size=(8, 8))
-    return _dmd(sample)
+    return _dmd(64, _rollouts(64), steps=1500, batch=16)
+
+
+def self_forcing_128() -> DmdRecipe:
+    """The same at 128 px (one GPU, minutes)."""
+    return _dmd(128, _rollouts(128), steps=1500, batch=48)
 
 
 def causvid_64() -> DmdRecipe:
     """The same loss on noised data (CausVid)."""
-    return _dmd(NoisedDataConfig(steps=FEW_STEPS, plan=chunks()))
+    return _dmd(64, NoisedDataConfig(steps=FEW_STEPS, plan=chunks()), steps=1500, batch=16)
 
 
-def _dmd(sample: OnPolicyConfig | NoisedDataConfig) -> DmdRecipe:
-    train = train_config(steps=1500, batch=16, lr=1e-4, muon_lr=2e-4, decay=0.99, curve="wsd", compile=True)
+def _weights(size_px: int, part: str) -> str:
+    return f"runs/stage-{size_px}/{part}/student.safetensors"
+
+
+def _files(size_px: int) -> dict[str, Any]:
+    """What all distillations of a size share."""
+    sizes = {64: network_64, 128: network_128}[size_px]()
+    home = f"runs/stage-{size_px}"
+    return {"size_px": size_px, "network": sizes, "text": f"{home}/text.safetensors", "data": f"{home}/latents"}
+
+
+def _consistency(size_px: int, train: TrainConfig) -> ConsistencyRecipe:
+    method = ConsistencyConfig(grid=GRID, shift=SHIFT, guidance_from_uncond=GUIDANCE, plan=chunks(), decay=0.95)
+    return ConsistencyRecipe(**_files(size_px), start=_weights(size_px, "student"), method=method, train=train)
+
+
+def _rollouts(size_px: int) -> OnPolicyConfig:
+    return OnPolicyConfig(steps=FEW_STEPS, plan=chunks(), frames=CLIP, latent_size=(size_px // 8, size_px // 8))
+
+
+def _dmd(size_px: int, sample: OnPolicyConfig | NoisedDataConfig, *, steps: int, batch: int) -> DmdRecipe:
+    train = train_config(steps=steps, batch=batch, lr=1e-4, muon_lr=2e-4, decay=0.99, curve="wsd", compile=True)
+    method = DmdConfig(
+        sample=sample, levels=ScoreLevels(shift=SHIFT), teacher=ScoreConfig(guidance_from_uncond=GUIDANCE), ratio=5
+    )
     return DmdRecipe(
-        network=network_64(), text=f"{_HOME}/text.safetensors", data=f"{_HOME}/latents",
-        start=f"{_HOME}/few/student.safetensors", teacher=f"{_HOME}/teacher/student.safetensors",
-        method=DmdConfig(
-            sample=sample, levels=ScoreLevels(shift=SHIFT), teacher=ScoreConfig(guidance_from_uncond=GUIDANCE), ratio=5,
-        ),
+        **_files(size_px), start=_weights(size_px, "few"), teacher=_weights(size_px, "teacher"), method=method,
         train=replace(train, critic=replace(train.optim, lr=2e-4, muon_lr=4e-4)),
     )  # fmt: skip
 
 
 __all__ = [
-    "FEW_STEPS", "ConsistencyRecipe", "DistilRecipe", "DmdRecipe", "OdeRecipe", "causvid_64",
-    "consistency_64", "ode_64", "self_forcing_64",
+    "FEW_STEPS",
+    "ConsistencyRecipe",
+    "DistilRecipe",
+    "DmdRecipe",
+    "OdeRecipe",
+    "causvid_64",
+    "consistency_64",
+    "consistency_128",
+    "ode_64",
+    "self_forcing_64",
+    "self_forcing_128",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The stage model from nothing: codec, text encoder, latents, teacher, student, model folders, one after another.
+"""The stage model from nothing: codec, text, latents, teacher, student, its distillation, model folders, in turn.
 
 Every part ends in a file and is skipped where that file is there; a part that was stopped is continued. So the whole
 may be run in legs of any length, and one part again by deleting what it made.
@@ -17,21 +17,26 @@ from unspool.config import apply_overrides, locate
 from unspool.recipes import RECIPES
 
 if TYPE_CHECKING:
-    from unspool.models.taehv import Taehv
     from unspool.train.recipe import Recipe
 
 Tell = Callable[[str], None]
 Kind = Literal["causal", "bidirectional"]
-PARTS = ("codec", "text", "latents", "teacher", "student", "models")
+PARTS = ("codec", "text", "latents", "teacher", "student", "few", "distil", "models")
+RECIPE_OF = {"codec": "codec", "text": "text", "teacher": "teacher", "student": "student", "few": "consistency",
+             "distil": "self-forcing"}  # fmt: skip
+"""What trains a part: "stage-<size>-<recipe>"."""
 _MEASURED_CLIPS, _FAR = 128, 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageModelConfig:
-    """What is built, and where. Fields: `size_px` 64 or 128; `out` folder of the runs; `clips` encoded for training;
-    `max_minutes` of this leg (None: to the end); `until` the last part to do; `assets` folder that the student's model
-    goes to, `weights` that of the teacher's (None: under `out`); `overrides` of the parts' recipes, such as
-    "teacher.train.steps=100"."""
+    """What is built, and where.
+
+    Fields: `size_px` 64 or 128; `out` folder of the runs; `clips` encoded for training; `max_minutes` of this leg
+    (None: to the end); `until` the last part to do; `assets` folder that the few-step student's model goes to,
+    `weights` folder for those of the teacher and of the many-step student (None: under `out`); `overrides` of the
+    parts' recipes, such as "teacher.train.steps=100".
+    """
 
     size_px: int = 64
     out: Path = Path("runs")
@@ -48,10 +53,8 @@ class StageModelConfig:
         if self.until not in PARTS:
             raise ValueError(f"until={self.until!r}: expected one of {', '.join(PARTS)}")
         for override in self.overrides:
-            if override.partition(".")[0] not in ("codec", "text", "teacher", "student"):
-                raise ValueError(
-                    f"override {override!r}: expected PART.a.b=c with a part codec, text, teacher or student"
-                )
+            if override.partition(".")[0] not in RECIPE_OF:
+                raise ValueError(f"override {override!r}: expected PART.a.b=c with a part {', '.join(RECIPE_OF)}")
         if self.clips < 64:
             raise ValueError(f"clips={self.clips}: expected at least 64")
 
@@ -90,11 +93,16 @@ class StageModel:
             return False
         from unspool.data.stage import StageClips
         from unspool.methods.codec import measure_latents
+        from unspool.models.taehv import Taehv
 
-        codec = self._trained_codec()
-        clips = StageClips(frames=41, size_px=self.config.size_px, first=_FAR)
-        mean, std = measure_latents(codec, (clips.batch(k, 8) for k in range(_MEASURED_CLIPS // 8)))
-        codec.with_normalisation(mean, std).save(self.home / "codec.safetensors")
+        recipe: Any = self._recipe("codec")
+        codec = Taehv.from_single_file(recipe.start) if recipe.start else Taehv(recipe.codec)
+        codec.load_state_dict(self._weights("codec", ""))
+        if not recipe.frozen_encoder:  # whose latents are what they were
+            clips = StageClips(frames=41, size_px=self.config.size_px, first=_FAR)
+            mean, std = measure_latents(codec, (clips.batch(k, 8) for k in range(_MEASURED_CLIPS // 8)))
+            codec = codec.with_normalisation(mean, std)
+        codec.save(self.home / "codec.safetensors")
         return True
 
     def _make_text(self) -> bool:
@@ -127,39 +135,53 @@ class StageModel:
     def _make_student(self) -> bool:
         return self._train("student")
 
+    def _make_few(self) -> bool:
+        return self._train("few")
+
+    def _make_distil(self) -> bool:
+        return self._train("distil")
+
     def _make_models(self) -> bool:
+        home = self.config.weights or self.home
+        self._write("distil", self.config.assets or self.home / "model", "causal")
+        self._write("student", home / f"stage-{self.config.size_px}-many-step", "causal")
+        self._write("teacher", home / f"stage-{self.config.size_px}-teacher", "bidirectional")
+        return True
+
+    def _write(self, part: str, folder: Path, kind: Kind) -> None:
+        """The model folder of what a part trained."""
         from unspool.recipes.stage_folder import card_of, write_folder
 
-        student = self.config.assets or self.home / "model"
-        teacher = self.config.weights or self.home / "teacher-model"
-        folders: tuple[tuple[str, Path, Kind], ...] = (
-            ("student", student, "causal"),
-            ("teacher", teacher, "bidirectional"),
-        )
-        for role, folder, kind in folders:
-            recipe = self._recipe(role)
-            write_folder(
-                folder, kind=kind, size_px=self.config.size_px, network=recipe.network,  # type: ignore[attr-defined]
-                weights=self._weights(role, ""), codec=self.home / "codec.safetensors",
-                text=self.home / "text.safetensors", provenance=self._provenance(role),
-                card=card_of(kind, self.config.size_px, self._provenance(role)),
-            )  # fmt: skip
-            self.tell(f"models: {folder}")
-        return True
+        recipe: Any = self._recipe(part)
+        write_folder(
+            folder, kind=kind, size_px=self.config.size_px, network=recipe.network, weights=self._weights(part, ""),
+            codec=self.home / "codec.safetensors", text=self.home / "text.safetensors", few=recipe.few,
+            provenance=self._provenance(part), card=card_of(kind, self.config.size_px, self._provenance(part)),
+        )  # fmt: skip
+        self.tell(f"models: {folder}")
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
     def _recipe(self, part: str) -> Recipe:
-        size = 64 if part == "text" else self.config.size_px
-        made: Any = locate(f"stage-{size}-{part}", RECIPES)()
-        if part in ("teacher", "student"):
+        made: Any = locate(self._name(part), RECIPES)()
+        if part not in ("codec", "text"):
             codec = str(self.home / "codec.safetensors")
             made = replace(made, text=str(self.home / "text.safetensors"), data=str(self.home / "latents"),
                            watch=replace(made.watch, codec=codec))  # fmt: skip
-        if part == "student":
-            made = replace(made, start=str(self.home / "teacher" / "student.safetensors"))
+        begins = {"student": "teacher", "few": "student", "distil": "few"}.get(part)
+        if begins is not None:
+            made = replace(made, start=self._trained(begins))
+        if part == "distil":
+            made = replace(made, teacher=self._trained("teacher"))
         own = [o.partition(".")[2] for o in self.config.overrides if o.partition(".")[0] == part]
         return apply_overrides(made, own)
+
+    def _name(self, part: str) -> str:
+        """The recipe's; captions do not depend on the size."""
+        return f"stage-{64 if part == 'text' else self.config.size_px}-{RECIPE_OF[part]}"
+
+    def _trained(self, part: str) -> str:
+        return str(self.home / part / "student.safetensors")
 
     def _train(self, part: str) -> bool:
         """One leg of a part; whether it is done."""
@@ -171,21 +193,14 @@ class StageModel:
             if left <= 0.1:
                 return False
             recipe = replace(recipe, train=replace(recipe.train, max_minutes=left))
-        trainer = Trainer(recipe, self.home / part, name=f"stage-{self.config.size_px}-{part}")
+        trainer = Trainer(recipe, self.home / part, name=self._name(part))
         return trainer.run().is_done
 
     def _weights(self, part: str, prefix: str) -> dict[str, Any]:
         from unspool.train.export import read_weights
 
-        tensors = read_weights(self.home / part / "student.safetensors")
+        tensors = read_weights(self._trained(part))
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-    def _trained_codec(self) -> Taehv:
-        from unspool.models.taehv import Taehv
-
-        codec = Taehv(self._recipe("codec").codec)  # type: ignore[attr-defined]
-        codec.load_state_dict(self._weights("codec", ""))
-        return codec
 
     def _is_made(self, part: str) -> bool:
         if part == "models":
@@ -216,7 +231,7 @@ class StageModel:
 
         minutes = {part: note.get("minutes") for part, note in self._notes().items()}
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-        return {"recipe": f"stage-{self.config.size_px}-{role}", "clips": self.config.clips, "minutes": minutes,
+        return {"recipe": self._name(role), "clips": self.config.clips, "minutes": minutes,
                 "hardware": f"{platform.machine()}, {device}", "torch": str(torch.__version__),
                 "config": to_dict(self._recipe(role))}  # fmt: skip
 
