@@ -72,6 +72,14 @@ def test_a_folder_without_videos_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_before_the_clips_are_encoded_says_so(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "tiny")
+    assert train(tmp_path / "run", f"data.path={videos}", f"model={tmp_path / 'tiny'}", "--dry-run") == 2
+    assert "not encoded yet" in capsys.readouterr().err
+
+
 def test_a_clip_is_nearest_to_where_it_was_cut_out() -> None:
     draw = np.random.default_rng(0)
     videos = [draw.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8) for n in (9, 12, 7)]

@@ -126,6 +126,11 @@ class FinetuneVideoRecipe(Recipe):
     def build_source(self) -> Source:
         from unspool.data.shards import LatentShards, LatentShardsConfig
 
+        if not self.parts:
+            raise ValueError(
+                "the clips are not encoded yet, which the run itself does first; begin it, or give parts=RUN/parts of "
+                "one that was begun"
+            )
         return LatentShards(LatentShardsConfig(path=str(Path(self.parts) / "latents"), in_memory=True))
 
     def callbacks(self) -> Sequence[Callback]:
