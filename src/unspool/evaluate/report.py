@@ -233,7 +233,7 @@ def markdown(summary: Summary, facts: Mapping[str, Any]) -> str:
         lines += ["**How long streams last**", "", *table_lines(summary.lasting, columns, "row"), ""]
     if summary.spread:
         count, seeds = (facts["protocol"]["spread"][name] for name in ("prompts", "seeds"))
-        lines += [f"**Diversity**: spread of {seeds} clips of one prompt over that of the stage's own arrangements", ""]
+        lines += [f"**Diversity**: spread of {seeds} clips of one prompt over that of the stage's own arrangements"]
         lines += [f"of it, {count} prompts; 1 is as diverse, 0 one clip per prompt", ""]
         columns = {"start": "where sprites begin", "course": "their course over 1 s", "diversity": "both"}
         lines += [*table_lines(summary.spread, columns, "row"), ""]
