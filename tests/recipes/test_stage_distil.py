@@ -100,6 +100,8 @@ def test_settings_without_effect_are_refused(home: Path) -> None:
         made("stage-64-causvid", home, "learn_text=true")
     with pytest.raises(ValueError, match=r"short\.legs"):
         made("stage-64-ode", home, "short.legs=[[3,1]]")
+    with pytest.raises(ValueError, match="other steps than it learns"):
+        made("stage-64-causvid", home, "steps.steps=[1000,500]")
 
 
 def test_a_few_step_student_is_described_as_one() -> None:

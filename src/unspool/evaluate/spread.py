@@ -1,7 +1,7 @@
 """Diversity: how differently a model arranges one prompt, against the stage's own arrangements of it.
 
 A caption leaves open where sprites stand and in which phase they move. A distilled model can lose that and show one
-clip per prompt (arXiv:2412.07772 section 6) while every other score stays high.
+clip per prompt while every other score stays high.
 """
 
 from __future__ import annotations

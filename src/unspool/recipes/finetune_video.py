@@ -156,7 +156,7 @@ def finetune_video() -> FinetuneVideoRecipe:
     """The stage model on a folder of videos: `unspool train finetune-video data.path=FOLDER`.
 
     Captions from sidecar .txt files, a metadata file, or file names (data.caption_pattern="a person signs {word}"
-    data.name_pattern="asl_{word}"). Writes a model folder, samples and a report. Two CPU cores: about 20 minutes.
+    data.name_pattern="asl_{word}"). Writes a model folder, samples and a report. Two CPU cores: about 26 minutes.
     """
     return FinetuneVideoRecipe(
         data=VideoFolderConfig(

@@ -138,6 +138,14 @@ class DmdRecipe(DistilRecipe):
     teacher: str
     codec: str = ""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps != self.method.sample.steps:
+            raise ValueError(
+                f"steps={self.steps.steps}, method.sample.steps={self.method.sample.steps.steps}: give one list, or "
+                "the model would be run with other steps than it learns"
+            )
+
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.dmd import DistributionMatching
 

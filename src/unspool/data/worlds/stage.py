@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from unspool.data.worlds import motion as moves
 from unspool.data.worlds.captions import COLOURS, SHAPES, SIZES, SKIES, Caption, Look, describe
+from unspool.data.worlds.keyed import value_at, weights_at
 from unspool.data.worlds.motion import MOTIONS, Motion
 from unspool.data.worlds.render import PALETTE, RADII, Drawn, draw
 from unspool.data.worlds.splits import SPLITS, Split, is_held_out
@@ -87,7 +88,7 @@ class Actor:
     def look(self, time: float) -> Look:
         """What a caption says at `time`: the last change that has begun."""
         motion = [m.kind for m in self.motions if m.start <= time] or [self.motions[0].kind]
-        return Look(_at(self.colour, time), _at(self.shape, time), motion[-1], self.size)
+        return Look(value_at(self.colour, time), value_at(self.shape, time), motion[-1], self.size)
 
     def exists(self, time: float) -> bool:
         return self.born <= time < self.gone
@@ -100,8 +101,8 @@ class Actor:
         """The same as arrays for `render.draw`."""
         x, y = self.path(times)
         grown = moves.smoothstep((times - self.born) / GROW_S) * moves.smoothstep((self.gone + GROW_S - times) / GROW_S)
-        colour = _mix(self.colour, times, len(COLOURS)) @ PALETTE
-        shape = _mix(self.shape, times, len(SHAPES))
+        colour = weights_at(self.colour, times, len(COLOURS), MORPH_S) @ PALETTE
+        shape = weights_at(self.shape, times, len(SHAPES), MORPH_S)
         f32 = np.float32
         return Drawn(x.astype(f32), y.astype(f32), (RADII[self.size] * grown).astype(f32), colour, shape)
 
@@ -137,13 +138,13 @@ class Scene:
         return [(i, actor.look(time)) for i, actor in enumerate(self.actors) if actor.exists(time)]
 
     def sky(self, time: float) -> int:
-        return _at(self.skies, time)
+        return value_at(self.skies, time)
 
     def render(self, times: moves.Floats, height: int, width: int | None = None) -> NDArray[np.uint8]:
         """Frames uint8 [n, height, width, 3] at `times` [n] seconds."""
         times = np.asarray(times, np.float64)
         sprites = [actor.drawn(times) for actor in self.actors]
-        sky = _mix(self.skies, times, len(SKIES), SKY_FADE_S)
+        sky = weights_at(self.skies, times, len(SKIES), SKY_FADE_S)
         return draw(sprites, sky, height=height, width=width or height)
 
     def prompt_index(self, num_latent: int, fps: float, temporal: int = 4, *, start: float = 0.0) -> NDArray[np.int64]:
@@ -394,20 +395,3 @@ def crowding(actors: tuple[Actor, ...], times: moves.Floats) -> float:
 
 def _choose(rng: np.random.Generator, weights: tuple[float, ...]) -> int:
     return int(np.searchsorted(np.cumsum(weights) / sum(weights), rng.random(), side="right"))
-
-
-def _at(keys: tuple[tuple[float, int], ...], time: float) -> int:
-    return [value for start, value in keys if start <= time][-1]
-
-
-def _mix(
-    keys: tuple[tuple[float, int], ...], times: moves.Floats, size: int, over: float = MORPH_S
-) -> NDArray[np.float32]:
-    """Weights [n, size] of the values at `times`; each change takes `over` seconds."""
-    weights = np.zeros((len(times), size), np.float32)
-    weights[:, keys[0][1]] = 1
-    for start, value in keys[1:]:
-        turn = moves.smoothstep((times - start) / over).astype(np.float32)[:, None]
-        weights *= 1 - turn
-        weights[:, value] += turn[:, 0]
-    return weights
