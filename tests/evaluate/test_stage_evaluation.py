@@ -41,7 +41,7 @@ def test_a_perfect_model_equals_the_truth(shown: Shown) -> None:
             assert np.array_equal(column(rows[STUDENT], name), column(rows[TRUTH], name), equal_nan=True)
         own = summary.clips[split][STUDENT][ALL]
         assert own["adherence"].value >= 0.97 and own["adherence_share"].value == own["motion_over_truth"].value == 1
-    assert summary.student_minus_teacher[ALL]["strict_share"].value == 0
+    assert summary.differences["student - teacher"][ALL]["strict_share"].value == 0
     assert set(summary.clips["test"][STUDENT]) == {ALL, "1", "2"}
 
 
@@ -227,6 +227,23 @@ def test_one_command_prints_the_table(command: None, tmp_path: Path, capsys: pyt
     assert main([*args, "--quiet"]) == 0
     again = report.read(out / report.RESULTS_FILE)
     assert again["tables"] == facts["tables"], "from what was kept"
+
+
+def test_the_many_step_network_is_measured_too(
+    command: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "model", SMALL)
+    save(tmp_path / "whole", replace(SMALL, kind="bidirectional"))
+    args = ["evaluate", "stage", *CHANGES, "--model", str(tmp_path / "model"), "--preset", "smoke", "--parts", "clips"]
+    args += ["--quiet", "--out", str(tmp_path / "out")]
+    assert main([*args, "--many-step", str(tmp_path / "model"), "--teacher", str(tmp_path / "whole")]) == 0
+    facts = report.read(tmp_path / "out" / report.RESULTS_FILE)
+    assert set(facts["models"]) == {"teacher", "many-step", "student"}
+    assert facts["tables"]["differences"]["student - many-step"][ALL]["strict_share"]["value"] == 0, "one network"
+    assert {goal["what"]: goal["met"] for goal in facts["goals"]}["student minus many-step, manifold PSNR"] is True
+    capsys.readouterr()
+    assert main([*args, "--many-step", str(tmp_path / "whole")]) == 2
+    assert "bidirectional" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,13 @@ class Args:
     world: tyro.conf.Positional[Literal["stage"]]
     """What the model was trained on: the Sprite Stage."""
     overrides: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Changes of the preset as a.b=c, such as clips.prompts=64 streams.seconds=50 stage.sprites=1."""
+    """Changes of the preset as a.b=c, such as clips.prompts=64 streams.seconds=250 stage.sprites=1."""
     model: str = "stage"
     """Model to measure: a shipped one, or a folder."""
     teacher: str | None = None
     """Its bidirectional teacher, measured on the same prompts and noise."""
+    many_step: str | None = None
+    """The many-step causal network that a few-step model was distilled from: clips and diversity on the same noise."""
     preset: Literal["smoke", "standard", "full"] = "standard"
     """smoke: does it run; standard: the numbers of a model card; full: for a GPU."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out/evaluation")
@@ -84,9 +86,16 @@ def run(args: Args) -> int:
     if args.teacher is not None:
         teacher = _arm("teacher", args.teacher, args.teacher_steps, args.teacher_guidance, args)
         if teacher.pipeline.spec.is_causal:
-            raise ValueError(f"--teacher {args.teacher}: a causal model; expected a bidirectional one (or --model)")
+            raise ValueError(
+                f"--teacher {args.teacher}: a causal model; expected a bidirectional one (causal: --many-step)"
+            )
+    many = None
+    if args.many_step is not None:
+        many = _arm("many-step", args.many_step, None, None, args)
+        if not many.pipeline.spec.is_causal:
+            raise ValueError(f"--many-step {args.many_step}: a bidirectional model; that is what --teacher is for")
     evaluation = Evaluation(
-        config, student, teacher, folder=args.out, workers=args.workers, progress=Progress(quiet=args.quiet)
+        config, student, teacher, many, folder=args.out, workers=args.workers, progress=Progress(quiet=args.quiet)
     )
     results = evaluation.run(args.parts)
     summary = report.summarise(evaluation, results)

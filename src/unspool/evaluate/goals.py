@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unspool.evaluate.stage import CODEC, STUDENT, TEACHER, TRUTH
+from unspool.evaluate.stage import CODEC, MANY, STUDENT, TEACHER, TRUTH
 from unspool.evaluate.stats import Interval
 from unspool.evaluate.tables import ALL, Group, Summary
 
@@ -48,6 +48,7 @@ def goals(summary: Summary) -> list[Goal]:
         *_teacher(summary),
         *_student(summary),
         *_switches(summary),
+        *_streams(summary),
         *_held_out(summary),
         *_spread(summary),
     ]
@@ -71,16 +72,36 @@ def _teacher(summary: Summary) -> Iterator[Goal]:
 
 
 def _student(summary: Summary) -> Iterator[Goal]:
-    for group in (ONE, TWO):
-        for metric in ("adherence", "strict"):
-            value = summary.student_minus_teacher.get(group, {}).get(f"{metric}_share")
-            yield Goal(f"student minus teacher, {NAMES[metric]}, {_sprites(group)}", value, low=-0.03)
+    yield from _taught(summary)
     own = _clips(summary, STUDENT, ALL)
     yield Goal("student, permanence", own.get("permanence"), low=0.97)
     true = _clips(summary, TRUTH, ALL).get("boundary_step")
     beside = "" if true is None or math.isnan(true.value) else f" (truth: {true.value:.2f})"
     yield Goal(f"student, boundary step over steps elsewhere{beside}", own.get("boundary_step"), low=0.85, high=1.15)
     yield Goal("student, motion over truth", own.get("motion_over_truth"), low=0.9, high=1.1)
+
+
+def _taught(summary: Summary) -> Iterator[Goal]:
+    """Each network against what taught it. A student of few steps may lose more than one of many."""
+    few = MANY in summary.clips.get("test", {})
+    for a, b in ((MANY, TEACHER), (STUDENT, MANY), (STUDENT, TEACHER)) if few else ((STUDENT, TEACHER),):
+        found = summary.differences.get(f"{a} - {b}", {})
+        lowest = {"adherence": -0.03, "strict": -0.06 if a == STUDENT and few else -0.03}
+        for group in (ONE, TWO):
+            for metric, low in lowest.items():
+                value = found.get(group, {}).get(f"{metric}_share")
+                yield Goal(f"{a} minus {b}, {NAMES[metric]}, {_sprites(group)}", value, low=low)
+        if a == STUDENT and few:
+            yield Goal(f"{a} minus {b}, manifold PSNR", found.get(ALL, {}).get("psnr"), low=-1, unit=" dB")
+
+
+def _streams(summary: Summary) -> Iterator[Goal]:
+    found = summary.lasting.get(STUDENT, {})
+    yield Goal("stream at 10 training lengths, adherence minus the first segment's", found.get("adherence_10x"), -0.03)
+    yield Goal("the same, manifold PSNR", found.get("psnr_10x"), low=-1.5, unit=" dB")
+    yield Goal("lowest adherence of a segment (share of truth)", found.get("adherence_lowest"), low=0.85)
+    yield Goal("lowest motion of a segment over truth", found.get("motion_lowest"), low=0.9, high=1.1)
+    yield Goal("highest motion of a segment over truth", found.get("motion_highest"), low=0.9, high=1.1)
 
 
 def _switches(summary: Summary) -> Iterator[Goal]:
@@ -92,15 +113,18 @@ def _switches(summary: Summary) -> Iterator[Goal]:
 
 
 def _held_out(summary: Summary) -> Iterator[Goal]:
-    for name in (TEACHER, STUDENT):
+    for name in (TEACHER, MANY, STUDENT):
+        if name == MANY and MANY not in summary.clips.get("test", {}):
+            continue
         for metric in ("adherence", "strict"):
             value = summary.seen_minus_held_out.get(name, {}).get(ALL, {}).get(f"{metric}_share")
             yield Goal(f"{name}, seen minus held-out compositions, {NAMES[metric]}", value, high=0.10)
 
 
 def _spread(summary: Summary) -> Iterator[Goal]:
-    value = summary.spread.get(f"{STUDENT} / {TEACHER}", {}).get("diversity")
-    yield Goal("diversity, student over teacher", value, low=0.9)
+    for other in (TEACHER, MANY) if MANY in summary.spread else (TEACHER,):
+        value = summary.spread.get(f"{STUDENT} / {other}", {}).get("diversity")
+        yield Goal(f"diversity, student over {other}", value, low=0.9)
 
 
 def _clips(summary: Summary, row: str, group: str) -> Group:

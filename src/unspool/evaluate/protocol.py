@@ -68,10 +68,10 @@ class SwitchProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamProtocol:
-    """Long streams under one prompt, scored in segments of `segment_s` seconds."""
+    """Long streams under one prompt, scored in segments of `segment_s` seconds. 50 s are 10 clips of 81 frames."""
 
     prompts: int = 16
-    seconds: float = 20.0
+    seconds: float = 50.0
     segment_s: float = 5.0
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ PRESETS: dict[str, StageProtocol] = {
     "full": StageProtocol(
         clips=ClipProtocol(held_out=256, seeds=4, unconditional=256),
         switches=SwitchProtocol(per_kind=64),
-        streams=StreamProtocol(prompts=64, seconds=50.0),
+        streams=StreamProtocol(prompts=64, seconds=250.0),
         spread=SpreadProtocol(prompts=64, seeds=8),
         batch=64,
     ),

@@ -26,11 +26,12 @@ from unspool.evaluate.tables import (
     Group,
     Summary,
     clip_table,
+    compare_arms,
     compare_splits,
-    compare_student,
     lasting_table,
     spread_table,
     stream_table,
+    survival_table,
     switch_table,
 )
 
@@ -81,14 +82,17 @@ def summarise(evaluation: Evaluation, results: Results) -> Summary:
     for split, rows in results.clips.items():
         summary.clips[split] = clip_table(rows, resamples)
     if "test" in results.clips:
-        summary.student_minus_teacher = compare_student(results.clips["test"], resamples)
+        summary.differences = compare_arms(results.clips["test"], resamples)
     if "heldout" in results.clips:
         summary.seen_minus_held_out = compare_splits(results.clips["test"], results.clips["heldout"], resamples)
     if results.switches:
         summary.switches = switch_table(results.switches, waits(config, evaluation.clock), resamples)
     if results.streams:
         summary.streams = stream_table(results.streams, resamples)
-        summary.lasting = lasting_table(results.streams, config.streams.segment_s, resamples)
+        summary.lasting = lasting_table(
+            results.streams, config.streams.segment_s, config.clips.frames / evaluation.form.fps, resamples
+        )
+        summary.survival = survival_table(results.streams, config.streams.segment_s)
     if results.spread:
         summary.spread = spread_table(results.spread, resamples)
     return summary
@@ -230,7 +234,8 @@ def markdown(summary: Summary, facts: Mapping[str, Any]) -> str:
         lines += [f"**Streams, {name}**, by segment of {seconds:g} s", "", *table_lines(table, LONG, "segment"), ""]
     if summary.lasting:
         columns = {name: name.replace("_", " ") for name in summary.lasting[TRUTH]}
-        lines += ["**How long streams last**", "", *table_lines(summary.lasting, columns, "row"), ""]
+        lines += ["**How long streams last**: segments against the first one; the last four columns of those that"]
+        lines += ["begin right, by Kaplan and Meier", "", *table_lines(summary.lasting, columns, "row"), ""]
     if summary.spread:
         count, seeds = (facts["protocol"]["spread"][name] for name in ("prompts", "seeds"))
         lines += [f"**Diversity**: spread of {seeds} clips of one prompt over that of the stage's own arrangements"]
@@ -276,7 +281,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def curves(path: Path, summary: Summary, facts: Mapping[str, Any]) -> bool:
-    """Adherence and manifold PSNR against the time of a stream; False where matplotlib or the streams are missing."""
+    """What becomes of a stream: adherence, manifold PSNR, motion, and how many are still right, against its time; False
+    where matplotlib or the streams are missing."""
     if not summary.streams:
         return False
     try:
@@ -284,15 +290,22 @@ def curves(path: Path, summary: Summary, facts: Mapping[str, Any]) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     segment_s = facts["protocol"]["streams"]["segment_s"]
-    for place, (metric, label) in enumerate({"adherence": "adherence", "psnr": "manifold PSNR, dB"}.items()):
-        axes = figure.add_subplot(1, 2, place + 1)
+    shown = {"adherence": "adherence", "psnr": "manifold PSNR, dB", "motion_over_truth": "motion over truth"}
+    for place, (metric, label) in enumerate(shown.items()):
+        axes = figure.add_subplot(2, 2, place + 1)
         for name, segments in summary.streams.items():
             _curve(axes, name, [group[metric] for group in segments if metric in group], segment_s)
-        axes.set_xlabel("seconds of the stream")
         axes.set_ylabel(label)
+    axes = figure.add_subplot(2, 2, 4)
+    for name, life in summary.survival.items():
+        axes.step(life["seconds"], life["alive"], where="post", label=name)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("still right, of those right at first")
+    for axes in figure.axes:
+        axes.set_xlabel("seconds of the stream")
         axes.legend()
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)

@@ -40,8 +40,8 @@ from unspool.log import notice_once
 from unspool.rollout.state import weights_mark
 
 TRUTH, CODEC, FROZEN, SHUFFLED, WRONG = "truth", "codec round trip", "frozen", "shuffled", "wrong prompt"
-TEACHER, STUDENT, UNCONDITIONAL = "teacher", "student", "student, empty prompt"
-ORDER = (TRUTH, CODEC, FROZEN, SHUFFLED, WRONG, UNCONDITIONAL, TEACHER, STUDENT)
+TEACHER, MANY, STUDENT, UNCONDITIONAL = "teacher", "many-step", "student", "student, empty prompt"
+ORDER = (TRUTH, CODEC, FROZEN, SHUFFLED, WRONG, UNCONDITIONAL, TEACHER, MANY, STUDENT)
 CODEC_BATCH = 4
 """Clips that the codec copies at once: a bound on memory, of no effect on speed."""
 
@@ -84,21 +84,23 @@ class Results:
 
 
 class Evaluation:
-    """One protocol on a model and, where given, its teacher. `folder` keeps clips and measurements; run again, it
-    continues. Raises ValueError for models that do not fit each other or the protocol."""
+    """One protocol on a model and, where given, its teacher and the many-step network between the two (clips and
+    diversity). `folder` keeps clips and measurements; run again, it continues. Raises ValueError for models that do not
+    fit each other or the protocol."""
 
     def __init__(
         self,
         config: StageProtocol,
         student: Arm,
         teacher: Arm | None = None,
+        many: Arm | None = None,
         *,
         folder: Path,
         workers: int = 1,
         progress: Progress | None = None,
     ) -> None:
-        self.config, self.student, self.teacher = config, student, teacher
-        self.arms = [arm for arm in (teacher, student) if arm is not None]
+        self.config, self.student = config, student
+        self.arms = [arm for arm in (teacher, many, student) if arm is not None]
         spec = student.pipeline.spec
         for arm in self.arms:
             self._check(arm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from unspool.data.worlds.scorer import SCORES
 from unspool.evaluate import stats
 from unspool.evaluate.spread import diversity, spreads
-from unspool.evaluate.stage import STUDENT, TEACHER, TRUTH, Row, Rows
+from unspool.evaluate.stage import MANY, STUDENT, TEACHER, TRUTH, Row, Rows
 from unspool.evaluate.stats import Interval
 
 F64 = NDArray[np.float64]
@@ -24,22 +24,26 @@ ALL = "all"
 SHARES = ("adherence", "strict")
 """Metrics that are also given as a share of the truth row ("<metric>_share")."""
 COPIED = ("copy_psnr", "copy_sprite_psnr")
+LENGTHS = (10, 50)
+"""Lengths of streams at which drift is stated, in training lengths."""
 
 
 @dataclass
 class Summary:
     """The tables: split -> row -> number of sprites ("all", "1"...) -> metric -> estimate, and beside them
-    `student_minus_teacher` and `seen_minus_held_out` (row -> ...), in shares of the truth row."""
+    `differences` ("student - teacher" -> ...; shares of the truth row, and manifold PSNR in dB) and
+    `seen_minus_held_out` (row -> ..., in shares of the truth row)."""
 
     clips: dict[str, dict[str, dict[str, Group]]] = field(default_factory=dict)
-    student_minus_teacher: dict[str, Group] = field(default_factory=dict)
+    differences: dict[str, dict[str, Group]] = field(default_factory=dict)
     seen_minus_held_out: dict[str, dict[str, Group]] = field(default_factory=dict)
     switches: dict[str, dict[str, Group]] = field(default_factory=dict)
     streams: dict[str, list[Group]] = field(default_factory=dict)
     spread: dict[str, Group] = field(default_factory=dict)
     """Row -> how differently one prompt is arranged, over the truth; and the student's spread over the teacher's."""
     lasting: dict[str, Group] = field(default_factory=dict)
-    """Streams, by row: seconds until a segment is not strictly right, and what the last segment lost."""
+    """Streams, by row: what later segments lose, and how long what began right stays so."""
+    survival: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
 def column(row: Row, name: str) -> F64:
@@ -86,28 +90,39 @@ def _clip_group(row: Row, truth: Row, mask: NDArray[np.bool_], resamples: int) -
     return out
 
 
-def compare_student(rows: Rows, resamples: int) -> dict[str, Group]:
-    """Group -> student minus teacher, paired by clip, in shares of the truth row."""
-    if TEACHER not in rows or STUDENT not in rows:
-        return {}
-    student, teacher, truth = rows[STUDENT], rows[TEACHER], rows[TRUTH]
-    out: dict[str, Group] = {}
-    for group, mask in groups_of(student):
-        clusters = np.array(student.clusters)[mask]
-        out[group] = {}
-        for name in SHARES:
-            ceiling = aligned(truth, student, name)[mask]
-            a, b = (column(row, name)[mask] for row in (student, teacher))
-            out[group][f"{name}_share"] = stats.share_difference(
-                (a, ceiling), (b, ceiling), clusters, resamples=resamples
-            )
+def pairs(rows: Iterable[str]) -> list[tuple[str, str]]:
+    """Which of the rows is compared with which: what was taught with what taught it."""
+    have = set(rows)
+    return [(a, b) for a, b in ((STUDENT, TEACHER), (STUDENT, MANY), (MANY, TEACHER)) if a in have and b in have]
+
+
+def compare_arms(rows: Rows, resamples: int) -> dict[str, dict[str, Group]]:
+    """ "a - b" -> group -> a minus b, paired by clip: shares of the truth row, and manifold PSNR in dB."""
+    out: dict[str, dict[str, Group]] = {}
+    for first, second in pairs(rows):
+        a, b, truth = rows[first], rows[second], rows[TRUTH]
+        table = out.setdefault(f"{first} - {second}", {})
+        for group, mask in groups_of(a):
+            clusters = np.array(a.clusters)[mask]
+            differ = partial(_difference, rows=(a, b), mask=mask)
+            found: Group = {"psnr": stats.paired_difference(*differ("psnr"), clusters, resamples=resamples)}
+            for name in SHARES:
+                x, y = differ(name)
+                over = aligned(truth, a, name)[mask]
+                found[f"{name}_share"] = stats.share_difference((x, over), (y, over), clusters, resamples=resamples)
+            table[group] = found
     return out
+
+
+def _difference(name: str, *, rows: tuple[Row, Row], mask: NDArray[np.bool_]) -> tuple[F64, F64]:
+    first, second = (column(row, name)[mask] for row in rows)
+    return first, second
 
 
 def compare_splits(seen: Rows, held_out: Rows, resamples: int) -> dict[str, dict[str, Group]]:
     """Row -> group -> seen minus held-out compositions, in shares of their truth rows."""
     out: dict[str, dict[str, Group]] = {}
-    for name in (TEACHER, STUDENT):
+    for name in (TEACHER, MANY, STUDENT):
         if name not in seen or name not in held_out:
             continue
         second = dict(groups_of(held_out[name]))
@@ -205,34 +220,75 @@ def stream_table(rows: Rows, resamples: int) -> dict[str, list[Group]]:
     return out
 
 
-def lasting_table(rows: Rows, segment_s: float, resamples: int) -> dict[str, Group]:
-    """Row -> how long streams stay strictly right (Kaplan-Meier: those that never fail are censored at their end), and
-    last minus first segment of adherence and manifold PSNR."""
+def lasting_table(rows: Rows, segment_s: float, clip_s: float, resamples: int) -> dict[str, Group]:
+    """Row -> what long streams lose: adherence and manifold PSNR of the last segment minus the first, and of those that
+    end at 10 and 50 times `clip_s` (the training length) where the streams are as long ("adherence_10x", "psnr_50x");
+    the lowest adherence of a segment as a share of the truth, and the lowest and highest motion over truth of one; how
+    many streams are right in their first segment, and of these how long they stay so (see `survival_table`)."""
     out: dict[str, Group] = {}
+    streams = stream_table(rows, resamples)
     for name, row in rows.items():
-        count = num_segments(row)
-        strict = np.stack([column(row, f"strict.{k}") for k in range(count)], 1)
-        failed = strict == 0
-        ends = np.where(failed.any(1), failed.argmax(1) * segment_s, count * segment_s)
-        life = stats.kaplan_meier(ends.tolist(), failed.any(1).tolist())
-        out[name] = {
-            "right_for_s_p50": Interval(life.quantile(0.5), math.nan, math.nan, len(ends)),
-            "never_failed": stats.wilson(int((~failed.any(1)).sum()), len(ends)),
-        }
-        for score in ("adherence", "psnr"):
-            last, first = column(row, f"{score}.{count - 1}"), column(row, f"{score}.0")
-            out[name][f"{score}_last_minus_first"] = stats.paired_difference(
-                last, first, row.clusters, resamples=resamples
-            )
+        count, own = num_segments(row), {}
+        places = {"last_minus_first": count - 1}
+        for times in LENGTHS:
+            place = math.floor(times * clip_s / segment_s + 1e-9) - 1
+            if 0 < place < count:
+                places[f"{times}x"] = place
+        for label, place in places.items():
+            for score in ("adherence", "psnr"):
+                after, before = column(row, f"{score}.{place}"), column(row, f"{score}.0")
+                own[f"{score}_{label}"] = stats.paired_difference(after, before, row.clusters, resamples=resamples)
+        shares = [
+            stats.ratio(column(row, f"adherence.{k}"), aligned(rows[TRUTH], row, f"adherence.{k}"), row.clusters,
+                        resamples=resamples)
+            for k in range(count)
+        ]  # fmt: skip
+        motion = [segment["motion_over_truth"] for segment in streams[name]]
+        own["adherence_lowest"] = _ordered(shares)[0]
+        own["motion_lowest"], own["motion_highest"] = _ordered(motion)[0], _ordered(motion)[-1]
+        ends, has_failed, right = _ends(row, segment_s)
+        own["right_at_first"] = stats.wilson(len(ends), right)
+        lasting = stats.kaplan_meier(ends, has_failed).quantile(0.5) if ends else math.nan
+        own["then_right_for_s_p50"] = Interval(lasting, math.nan, math.nan, len(ends))
+        own["then_never_failed"] = stats.wilson(len(ends) - sum(has_failed), len(ends))
+        out[name] = own
     return out
 
 
+def survival_table(rows: Rows, segment_s: float) -> dict[str, dict[str, list[float]]]:
+    """Row -> share of streams that have been right in every segment so far ("alive" after "seconds"), by Kaplan and
+    Meier: what never fails is censored at its end. Of those that are strictly right in their first segment; a row
+    without any is left out."""
+    out: dict[str, dict[str, list[float]]] = {}
+    for name, row in rows.items():
+        ends, has_failed, _ = _ends(row, segment_s)
+        if not ends:
+            continue
+        life = stats.kaplan_meier(ends, has_failed)
+        alive = [1.0, *life.alive]
+        out[name] = {"seconds": [0.0, *life.times, num_segments(row) * segment_s], "alive": [*alive, alive[-1]]}
+    return out
+
+
+def _ends(row: Row, segment_s: float) -> tuple[list[float], list[bool], int]:
+    """Of the streams that begin right: when each fails or is last seen, and whether it failed; and how many streams."""
+    strict = np.stack([column(row, f"strict.{k}") for k in range(num_segments(row))], 1)
+    wrong = strict[strict[:, 0] == 1] == 0
+    ends = np.where(wrong.any(1), wrong.argmax(1), wrong.shape[1]) * segment_s
+    return ends.tolist(), wrong.any(1).tolist(), len(strict)
+
+
+def _ordered(values: Iterable[Interval]) -> list[Interval]:
+    """What was measured, the lowest first; one that was not where nothing was."""
+    return sorted((v for v in values if not math.isnan(v.value)), key=lambda v: v.value) or [stats.NOTHING]
+
+
 def spread_table(rows: Rows, resamples: int) -> dict[str, Group]:
-    """Row -> diversity over the truth; "student / teacher" where both are there."""
+    """Row -> diversity over the truth; "student / teacher" where both are there (and so on)."""
     found = {name: spreads(row.values, row.clusters) for name, row in rows.items()}
     out = {name: diversity(own, found[TRUTH], resamples) for name, own in found.items() if name != TRUTH}
-    if TEACHER in found and STUDENT in found:
-        out[f"{STUDENT} / {TEACHER}"] = diversity(found[STUDENT], found[TEACHER], resamples)
+    for a, b in pairs(found):
+        out[f"{a} / {b}"] = diversity(found[a], found[b], resamples)
     return out
 
 

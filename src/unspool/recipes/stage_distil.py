@@ -74,14 +74,16 @@ def load_backbone(network: WanTransformer, file: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyRecipe(DistilRecipe):
-    """Causal consistency: `start` is the many-step student, which is teacher, first weights and first average."""
+    """Causal consistency: `start` gives the first weights and the first average, and the teacher too unless `teacher`
+    names the many-step student's weights: then `start` may be the few-step student of the leg before."""
 
     method: ConsistencyConfig
+    teacher: str = ""
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.consistency import CausalConsistency
 
-        (student, teacher), text = self.parts(device, self.start, self.start)
+        (student, teacher), text = self.parts(device, self.start, self.teacher or self.start)
         return CausalConsistency(self.method, backbone=student, teacher=teacher, text=text)
 
 
