@@ -236,7 +236,9 @@ def test_the_many_step_network_is_measured_too(
     save(tmp_path / "whole", replace(SMALL, kind="bidirectional"))
     args = ["evaluate", "stage", *CHANGES, "--model", str(tmp_path / "model"), "--preset", "smoke", "--parts", "clips"]
     args += ["--quiet", "--out", str(tmp_path / "out")]
-    assert main([*args, "--many-step", str(tmp_path / "model"), "--teacher", str(tmp_path / "whole")]) == 0
+    assert main([*args, "--sheet", "--many-step", str(tmp_path / "model"), "--teacher", str(tmp_path / "whole")]) == 0
+    with Image.open(tmp_path / "out" / "beside.png") as page, Image.open(tmp_path / "out" / "samples.png") as alone:
+        assert page.width == alone.width and page.height > alone.height, "a strip for each of three models"
     facts = report.read(tmp_path / "out" / report.RESULTS_FILE)
     assert set(facts["models"]) == {"teacher", "many-step", "student"}
     assert facts["tables"]["differences"]["student - many-step"][ALL]["strict_share"]["value"] == 0, "one network"

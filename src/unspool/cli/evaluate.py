@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unspool.evaluate.stage import Evaluation
 
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-SAMPLES = 30
+SAMPLES, BESIDE = 30, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ class Args:
     parts: tuple[Literal["clips", "switches", "streams", "spread"], ...] = ("clips", "switches", "streams", "spread")
     """What to measure: clips under one prompt, changes of prompt, long streams, diversity under one prompt."""
     sheet: bool = False
-    """Also write the first 30 samples, good and bad, with captions and verdicts (samples.png, samples.mp4)."""
+    """Also write the first 30 samples, good and bad, with captions and verdicts (samples.png, samples.mp4), and the
+    first 8 of all models under each other (beside.png)."""
     steps: int | None = None
     """Denoising steps of the model; its own if not given."""
     guidance: float | None = None
@@ -139,16 +140,23 @@ def _arm(name: str, model: str, steps: int | None, guidance: float | None, args:
 
 
 def _samples(evaluation: Evaluation, folder: Path) -> list[Path]:
+    from dataclasses import replace
+
     from unspool.engine.export import write_video
     from unspool.engine.files import replacing
-    from unspool.evaluate.sheet import sheet, wall
+    from unspool.evaluate.sheet import beside, sheet, wall
 
     samples = evaluation.samples(SAMPLES)
-    still, film = folder / "samples.png", folder / "samples.mp4"
+    still, film, compared = (folder / name for name in ("samples.png", "samples.mp4", "beside.png"))
     with replacing(still) as file:
         sheet(samples).save(file, format="PNG")
     write_video(film, wall(samples), evaluation.form.fps, metadata={"command": "evaluate stage"})
-    return [still, film]
+    if len(evaluation.arms) == 1:
+        return [still, film]
+    arms = [[replace(s, title=arm.name) for s in evaluation.samples(BESIDE, arm)] for arm in evaluation.arms]
+    with replacing(compared) as file:
+        beside(list(zip(*arms, strict=True))).save(file, format="PNG")
+    return [still, film, compared]
 
 
 def _insert(target: Path, text: str) -> None:

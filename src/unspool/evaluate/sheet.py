@@ -49,28 +49,51 @@ class Sample:
 
 def sheet(samples: Sequence[Sample]) -> Image:
     """One strip of frames per sample, caption and verdict under it, two strips beside each other."""
-    from PIL import Image
-
-    strips = [_strip(sample) for sample in samples]
-    width, height = strips[0].size
-    columns = min(2, len(strips))
-    rows = -(-len(strips) // columns)
-    page = Image.new("RGB", (columns * (width + GAP_PX), rows * (height + GAP_PX)), PAPER)
-    for k, strip in enumerate(strips):
-        page.paste(strip, (k % columns * (width + GAP_PX), k // columns * (height + GAP_PX)))
-    return page
+    return _page([_strip(sample) for sample in samples])
 
 
-def _strip(sample: Sample) -> Image:
+def _strip(sample: Sample, *, lines: int = WORDS, with_caption: bool = True) -> Image:
     from PIL import Image
 
     at = np.linspace(0, len(sample.frames) - 1, TILES).round().astype(int)
     shown = enlarged(sample.frames[at])
     tiles = np.concatenate([np.pad(f, ((0, 0), (0, 2), (0, 0)), constant_values=PAPER[0]) for f in shown], 1)
-    lines = _lines(sample, tiles.shape[1], WORDS)
-    page = Image.new("RGB", (tiles.shape[1], tiles.shape[0] + LINE_PX * WORDS + 2), PAPER)
+    page = Image.new("RGB", (tiles.shape[1], tiles.shape[0] + LINE_PX * lines + 2), PAPER)
     page.paste(Image.fromarray(tiles), (0, 0))
-    _write(page, lines, 2, tiles.shape[0])
+    words = (
+        _lines(sample, tiles.shape[1], lines) if with_caption else [(f"{sample.title}: {sample.verdict}", _ink(sample))]
+    )
+    _write(page, words, 2, tiles.shape[0])
+    return page
+
+
+def beside(groups: Sequence[Sequence[Sample]]) -> Image:
+    """Several models on the same prompts and noise: a block per prompt with its caption, and in it a strip per model,
+    `title` and verdict under each."""
+    from PIL import Image
+
+    blocks = []
+    for group in groups:
+        strips = [_strip(sample, lines=1, with_caption=False) for sample in group]
+        width, height = strips[0].size
+        block = Image.new("RGB", (width, 2 * LINE_PX + len(strips) * (height + 2)), PAPER)
+        caption = textwrap.wrap(group[0].caption, max(12, int(width / LETTER_PX)))[:2]
+        _write(block, [(line, INK) for line in caption], 2, 0)
+        for k, strip in enumerate(strips):
+            block.paste(strip, (0, 2 * LINE_PX + k * (height + 2)))
+        blocks.append(block)
+    return _page(blocks)
+
+
+def _page(blocks: Sequence[Image]) -> Image:
+    from PIL import Image
+
+    width, height = blocks[0].size
+    columns = min(2, len(blocks))
+    rows = -(-len(blocks) // columns)
+    page = Image.new("RGB", (columns * (width + GAP_PX), rows * (height + GAP_PX)), PAPER)
+    for k, block in enumerate(blocks):
+        page.paste(block, (k % columns * (width + GAP_PX), k // columns * (height + GAP_PX)))
     return page
 
 
@@ -103,11 +126,15 @@ def enlarged(frames: Frames) -> Frames:
     return frames.repeat(factor, 1).repeat(factor, 2)
 
 
+def _ink(sample: Sample) -> tuple[int, int, int]:
+    return GOOD if sample.is_right else BAD
+
+
 def _lines(sample: Sample, width_px: int, most: int) -> list[tuple[str, tuple[int, int, int]]]:
     letters = max(12, int(width_px / LETTER_PX))
     verdict = textwrap.wrap(sample.verdict, letters)[: most // 2]
     words = textwrap.wrap(f"{sample.title}: {sample.caption}", letters)[: most - len(verdict)]
-    return [(line, INK) for line in words] + [(line, GOOD if sample.is_right else BAD) for line in verdict]
+    return [(line, INK) for line in words] + [(line, _ink(sample)) for line in verdict]
 
 
 def _write(page: Image, lines: Sequence[tuple[str, tuple[int, int, int]]], left: int, top: int) -> None:

@@ -234,17 +234,18 @@ class Evaluation:
     def _key(self, what: str, case: Case, *facts: object) -> str:
         return mark(what, repr(case.scene), case.index, *self._common, *facts)
 
-    def samples(self, count: int) -> list[Sample]:
-        """The student's first `count` clips of the split "test", in order, with what was measured on them."""
-        config = self.config.clips
+    def samples(self, count: int, arm: Arm | None = None) -> list[Sample]:
+        """The first `count` clips of an arm (None: the student) of the split "test", in order, with what was measured
+        on them."""
+        config, arm = self.config.clips, arm or self.student
         rows: Rows = {}
         found: list[Sample] = []
-        self.progress.start("samples", min(count, config.prompts))
+        self.progress.start(f"samples, {arm.name}", min(count, config.prompts))
         for batch in batches(clip_cases(self.config, "test", config.prompts), self.config.batch):
             request = self._request(batch, config.frames, 0)
-            self._generated(rows, STUDENT, self.student, batch, request)
-            for case, frames in zip(batch, self.store.clips(self.student, request), strict=True):
-                found.append(Sample(str(case.index), case.caption, frames, rows[STUDENT].values[case.index]))
+            self._generated(rows, arm.name, arm, batch, request)
+            for case, frames in zip(batch, self.store.clips(arm, request), strict=True):
+                found.append(Sample(str(case.index), case.caption, frames, rows[arm.name].values[case.index]))
             if len(found) >= count:
                 break
         return found[:count]
