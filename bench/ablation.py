@@ -6,7 +6,8 @@
 
 Needs the codec and the text encoder of the 64 px stage (`unspool stage-model --until text`). Base networks and data are
 made once per seed. Every arm starts from the same weights, sees the same clips and the same prompts, and is judged on
-the same prompts and noise; arms differ in what their line says. Last line of the output: JSON.
+the same prompts and noise; arms differ in what their line says. Seed 0 also gives a picture of some arms on the same
+prompts and noise. Last line of the output: JSON.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from unspool.config import apply_overrides
 from unspool.data.encoding import encode_source, load_file_or_name
 from unspool.data.stage import StageClips
 from unspool.data.worlds.stage import StageConfig
+from unspool.evaluate.sheet import Sample, beside
 from unspool.methods.consistency import ConsistencyConfig
 from unspool.methods.dmd import DmdConfig
 from unspool.methods.ode_regression import OdeRegressionConfig
@@ -39,6 +42,7 @@ from unspool.recipes.stage_paths import PathsConfig, write_stage_paths
 from unspool.train.loop import Trainer
 
 FRAMES, LATENTS, SIZE = 33, 9, (8, 8)
+PICTURE, SHOWN = ("teacher", "causal", "ode", "consistency", "full", "rollout"), 6
 STAGE = StageConfig(sprites=(1.0,), events=(1.0,))
 LISTS = {1: (1000.0,), 2: (1000.0, 500.0), 4: (1000.0, 750.0, 500.0, 250.0),
          8: (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)}  # fmt: skip
@@ -112,18 +116,18 @@ class Ablation:
 
     def teacher(self) -> Path:
         recipe = replace(teacher_64(), network=self.small(), data=str(self.latents), short=ShortClips())
-        return self.trained("teacher", "base", replace(recipe, train=replace(recipe.train, steps=4000)))
+        return self.trained("teacher", "base", replace(recipe, train=replace(recipe.train, steps=3000)))
 
     def causal(self) -> Path:
         recipe = replace(student_64(), network=self.small(), data=str(self.latents), short=ShortClips(),
                          start=str(self.teacher()))  # fmt: skip
-        return self.trained("causal", "base", replace(recipe, train=replace(recipe.train, steps=2000)))
+        return self.trained("causal", "base", replace(recipe, train=replace(recipe.train, steps=1500)))
 
     def paths(self, steps: int) -> Path:
         folder = self.home / f"paths-{steps}"
         config = PathsConfig(
             weights=str(self.teacher()), data=str(self.latents), text=str(self.text), network=self.small(),
-            steps=StepList(steps=LISTS[steps], shift=SHIFT), count=2000,
+            steps=StepList(steps=LISTS[steps], shift=SHIFT), count=1000,
         )  # fmt: skip
         write_stage_paths(config, folder)
         return folder
@@ -135,7 +139,7 @@ class Ablation:
                 method=ConsistencyConfig(
                     grid=24, shift=SHIFT, guidance_from_uncond=GUIDANCE, plan=chunks(), decay=0.95
                 ),
-                train=train_config(steps=1500, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.99, curve="wsd", compile=True),
+                train=train_config(steps=800, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.99, curve="wsd", compile=True),
             )  # fmt: skip
             return self.trained("consistency", "init", recipe)
         if arm.init == "ode":
@@ -143,7 +147,7 @@ class Ablation:
             ode = OdeRecipe(
                 network=self.small(), text="", data=str(self.paths(arm.steps)), start=str(self.causal()), steps=steps,
                 method=OdeRegressionConfig(steps=steps, plan=chunks()),
-                train=train_config(steps=1500, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.99, curve="wsd", compile=True),
+                train=train_config(steps=800, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.99, curve="wsd", compile=True),
             )  # fmt: skip
             return self.trained(f"ode-{arm.steps}", "init", ode)
         return self.causal()
@@ -163,7 +167,7 @@ class Ablation:
         score = ScoreConfig(guidance_from_uncond=GUIDANCE)
         if arm.teacher == "causal":
             score = replace(score, reads="clean_past", plan=chunks())
-        train = train_config(steps=1500, batch=32, lr=2e-4, muon_lr=4e-4, decay=0.99, curve="wsd", compile=True)
+        train = train_config(steps=600, batch=32, lr=2e-4, muon_lr=4e-4, decay=0.99, curve="wsd", compile=True)
         recipe = DmdRecipe(
             network=self.small(), text="", data=str(self.latents), start=str(self.init(arm)), steps=steps,
             teacher=str(self.causal() if arm.teacher == "causal" else self.teacher()),
@@ -204,6 +208,7 @@ class Ablation:
         parts = ("clips", "streams") if streams and name != "teacher" else ("clips",)
         with torch.autocast("cpu", torch.bfloat16, enabled=not torch.cuda.is_available()):
             summary = summarise(evaluation, evaluation.run(parts))
+        self.keep_samples(name, evaluation.samples(SHOWN))
         clips = summary.clips["test"]["student"]["all"]
         found: dict[str, Any] = {m: clips[m].value for m in ("adherence", "strict", "psnr", "permanence")}
         found["motion"] = clips["motion_over_truth"].value
@@ -213,6 +218,30 @@ class Ablation:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return found
+
+    def keep_samples(self, name: str, samples: list[Sample]) -> None:
+        file = self.home / "scores" / f"{name}.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        words = json.dumps([{"caption": s.caption, "values": s.values} for s in samples])
+        np.savez_compressed(file, frames=np.stack([s.frames for s in samples]), words=words)
+
+    def samples(self, name: str) -> list[Sample]:
+        """What `scores` kept of an arm; nothing before it ran."""
+        file = self.home / "scores" / f"{name}.npz"
+        if not file.is_file():
+            return []
+        with np.load(file) as kept:
+            rows = json.loads(str(kept["words"]))
+            return [
+                Sample(name, row["caption"], own, row["values"]) for own, row in zip(kept["frames"], rows, strict=True)
+            ]
+
+
+def picture(ablation: Ablation, path: Path) -> None:
+    """The arms of PICTURE that are there, under each other."""
+    found = [samples for name in PICTURE if (samples := ablation.samples(name))]
+    if found:
+        beside(list(zip(*found, strict=True))).save(path)
 
 
 COLUMNS = ("adherence", "strict", "psnr", "permanence", "motion", "adherence_10x", "strict_10x", "psnr_10x")
@@ -258,6 +287,7 @@ def main() -> None:
                 continue
             results.setdefault(name, []).append(ablation.scores(name, ARMS[name], args.prompts, args.streams))
             print(f"seed {seed}, {name}: {results[name][-1]}", flush=True)
+    picture(Ablation(args.out, args.stage, 0, args.overrides), args.out / "arms.png")
     text = table(results)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
