@@ -152,7 +152,7 @@ def test_chunks_are_made_ahead_but_bounded_and_errors_arrive(monkeypatch: pytest
         assert session.chunk == 2  # the one that was taken, and one ahead
     stop = threading.Event()
     session = shared().session(RED, cancel=stop.is_set)
-    monkeypatch.setattr(session, "next_chunk", lambda: (_ for _ in ()).throw(ValueError("no")))
+    monkeypatch.setattr(session, "pieces", lambda: (_ for _ in ()).throw(ValueError("no")))
     with pytest.raises(ValueError, match="no"), Ahead(session, stop) as ahead:
         ahead.take(30.0)
 

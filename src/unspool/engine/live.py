@@ -1,4 +1,4 @@
-"""Playing a session while it is made: one thread makes chunks, bounded ahead, another shows them at their time."""
+"""Playing a session while it is made: one thread makes frames, bounded ahead, another shows them at their time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from unspool.rollout.settings import Cancelled
 LEAD = 1
 """Chunks made ahead of the one that is shown: more would let a new prompt wait for longer. With 1 it waits for the rest
 of the chunk on the screen and, when the next one is made already, for that one."""
-POLL_S = 0.02
+POLL_S, AT_ONCE_S = 0.02, 0.002
 
 
 class Ahead:
-    """Makes the chunks of a session in a thread of its own, at most `LEAD` ahead of who takes them.
+    """Makes the frames of a session in a thread of its own, at most `LEAD` chunks ahead of who takes them.
 
     `stop` ends it between two passes when the session was made with `cancel=stop.is_set`.
     """
@@ -32,7 +32,7 @@ class Ahead:
     def __init__(self, session: Session, stop: threading.Event, *, frames: int | None = None) -> None:
         self._session, self._stop, self._frames = session, stop, frames
         self._queue: queue.Queue[NDArray[np.uint8] | None] = queue.Queue()
-        self._room = threading.Semaphore(LEAD)
+        self._has_taken = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._make, name="unspool-chunks", daemon=True)
 
@@ -47,30 +47,47 @@ class Ahead:
         self._thread.join()
 
     def take(self, timeout_s: float) -> NDArray[np.uint8] | None:
-        """The next chunk; None at the end. Raises queue.Empty when none is ready, else what the thread raised."""
-        chunk = self._queue.get(timeout=timeout_s)
-        if chunk is None and self._error is not None:
+        """The next frames, those of a latent frame; None at the end. Raises queue.Empty when none are ready, else what
+        the thread raised."""
+        piece = self._queue.get(timeout=timeout_s)
+        if piece is None and self._error is not None:
             raise self._error
-        self._room.release()
-        return chunk
+        self._has_taken.set()
+        return piece
 
     def _make(self) -> None:
-        source = iter(self._session) if self._frames is None else self._session.frames(self._frames)
+        left = self._frames
         try:
-            while self._has_room():
-                self._queue.put(next(source))
-        except (StopIteration, Cancelled):
+            for piece in self._pieces():
+                self._queue.put(piece if left is None else piece[:left])
+                left = None if left is None else left - len(piece)
+                if left is not None and left <= 0:
+                    break
+        except Cancelled:
             pass
-        except BaseException as error:  # handed to the thread that takes the chunks
+        except BaseException as error:  # handed to the thread that takes the frames
             self._error = error
         self._queue.put(None)
 
-    def _has_room(self) -> bool:
-        """Wait until another chunk may be made; False when `stop` was set first."""
-        while not self._stop.is_set():
-            if self._room.acquire(timeout=POLL_S):
-                return True
-        return False
+    def _pieces(self) -> Iterator[NDArray[np.uint8]]:
+        """Until the clip is over, the session paused, or `stop` set. What is left of a chunk is decoded between the
+        passes of the next one, unless that has to wait."""
+        session = self._session
+        most = LEAD * session.stream.clock.plan.chunk
+        while not (session.is_finished or session.is_paused or self._stop.is_set()):
+            left = session.stream.num_undecoded
+            if self._queue.qsize() + left < most:
+                yield from session.pieces()
+            elif not self._was_taken(AT_ONCE_S if left else POLL_S) and left:
+                yield next(session.rest())
+        if not self._stop.is_set():
+            yield from session.rest()
+
+    def _was_taken(self, timeout_s: float) -> bool:
+        """Whether frames are taken within that time."""
+        found = self._has_taken.wait(timeout_s)
+        self._has_taken.clear()
+        return found
 
 
 def play(
@@ -82,7 +99,7 @@ def play(
     frames: int | None = None,
     transition: Transition = "cut",
 ) -> Iterator[NDArray[np.uint8]]:
-    """Show a session until `stop`, Ctrl-D or its end, and yield its chunks as they come on.
+    """Show a session until `stop`, Ctrl-D or its end, and yield its frames as they come on, some at a time.
 
     Every frame is shown at its time; a frame that is late is not drawn, and when no chunk is ready the clock waits. A
     typed line becomes the prompt.
@@ -91,14 +108,14 @@ def play(
     with Ahead(session, stop, frames=frames) as ahead:
         while not (stop.is_set() or keyboard.line.is_closed):
             try:
-                chunk = ahead.take(POLL_S)
+                piece = ahead.take(POLL_S)
             except queue.Empty:
                 show.wait()
                 continue
-            if chunk is None:
+            if piece is None:
                 return
-            yield chunk
-            for frame in chunk:
+            yield piece
+            for frame in piece:
                 if stop.is_set() or keyboard.line.is_closed:
                     break
                 show.frame(frame)

@@ -100,10 +100,36 @@ class Session:
         Raises Paused; ValueError past the end of a clip; `Cancelled` when `cancel` says so, and then the next call
         makes the same chunk.
         """
+        self._refuse_when_paused()
+        if not self.stream.num_undecoded:
+            self._begin()
+        return self.stream.next_chunk()[0]
+
+    def pieces(self) -> Iterator[NDArray[np.uint8]]:
+        """As `next_chunk`, but frames [f, h, w, 3] leave a latent frame at a time and at an even pace: while a chunk is
+        made, what is left of the one before, between its passes, and then its own first piece.
+
+        The frames are the same. The prompt that was set last is followed from the chunk that is made; `rest` gives what
+        is left at the end.
+        """
+        self._refuse_when_paused()
+        self._begin()
+        for piece in self.stream.pieces():
+            yield piece[0]
+
+    def rest(self) -> Iterator[NDArray[np.uint8]]:
+        """What `pieces` has not given yet of the chunk that it began."""
+        for piece in self.stream.rest():
+            yield piece[0]
+
+    def _refuse_when_paused(self) -> None:
+        if self.is_paused:
+            raise Paused("the session is paused; call resume() first")
+
+    def _begin(self) -> None:
+        """Let a change of prompt take over that is planned for the chunk to be made."""
         with self._lock:
-            if self.is_paused:
-                raise Paused("the session is paused; call resume() first")
-            index = self.stream.index
+            index = self.stream.rollout.index
             self._begun = index + 1
             event = self._agenda.pop(index, None)
             if event is not None:
@@ -111,7 +137,6 @@ class Session:
                 self.prompt = event.prompt
         if event is not None:
             self.stream.switch([event.prompt], event)
-        return self.stream.next_chunk()[0]
 
     def frames(self, count: int) -> Iterator[NDArray[np.uint8]]:
         """Chunks until `count` frames were given, the last one cut to fit."""

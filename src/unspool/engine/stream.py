@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ from unspool.engine.settings import RolloutSettings
 from unspool.engine.timing import StopWatch
 from unspool.engine.whole_clip import NoCache
 from unspool.rollout.noise import CounterNoise
-from unspool.rollout.rollout import Rollout
+from unspool.rollout.rollout import Chunk, Rollout
 
 if TYPE_CHECKING:
     from unspool.engine.pipeline import Pipeline
@@ -50,7 +50,8 @@ class Stream:
         self.watch = StopWatch(spec.fps)
         self.index = 0
         """The next chunk to be handed out."""
-        self._undecoded: Tensor | None = None  # finished latents whose decoding failed and is tried again
+        self._undecoded: Tensor | None = None  # finished latents of chunk `index`
+        self._given = 0  # frames of chunk `index` that have left already
         with self.watch.work():
             text = self._wording.states(prompts)
             active = config.guidance.is_active
@@ -74,6 +75,11 @@ class Stream:
         return count is not None and self.index >= count
 
     @property
+    def num_undecoded(self) -> int:
+        """Finished latent frames whose frames have not left yet."""
+        return 0 if self._undecoded is None else self._undecoded.shape[1]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the caches; constant once the window is full."""
         return self.rollout.num_bytes
@@ -91,24 +97,71 @@ class Stream:
 
     @torch.no_grad()
     def next_chunk(self) -> NDArray[np.uint8]:
-        """The frames [b, f, y, x, 3] of the next chunk, on the host.
+        """The frames [b, f, y, x, 3] of the next chunk, on the host; of one that `pieces` has begun to give, the rest.
 
         Nothing is lost when it fails or is cancelled: the chunk is tried again at the next call.
         """
-        with self.watch.work():
-            if self._undecoded is None:
+        if self._undecoded is None:
+            with self.watch.work():
                 self._undecoded = self.rollout.next_chunk().latents
-            frames = self.decoder.next(self._undecoded)
-        expected = self.clock.num_frames(self.index)
-        if frames.shape[1] != expected:
+        before = self._undecoded, self._given, self.decoder.state
+        try:
+            return np.concatenate(list(self.rest()), axis=1)
+        except BaseException:
+            self._undecoded, self._given, self.decoder.state = before
+            raise
+
+    @torch.no_grad()
+    def pieces(self) -> Iterator[NDArray[np.uint8]]:
+        """One more chunk is made, and frames [b, f, y, x, 3] leave as soon as a latent frame of them is decoded.
+
+        What the chunk before has left is decoded between the passes of this one, so that frames come at an even pace;
+        then the first latent frame of this chunk. `rest` gives the others where no further chunk follows.
+        """
+        passes, has_more = self.rollout.passes(), True
+        pace = _Pace(self.num_undecoded, self.rollout.num_passes)
+        try:
+            while has_more:
+                with self.watch.work():
+                    latents = _advance(passes)
+                has_more = latents is None
+                for _ in range(pace.due(all_of_them=not has_more)):
+                    yield self._piece()
+        finally:
+            passes.close()
+        assert latents is not None and self._undecoded is None
+        self._undecoded = latents
+        yield self._piece()
+
+    @torch.no_grad()
+    def rest(self) -> Iterator[NDArray[np.uint8]]:
+        """The frames of finished latents that are not decoded yet."""
+        while self._undecoded is not None:
+            yield self._piece()
+
+    def _piece(self) -> NDArray[np.uint8]:
+        """The frames of the first latent frame that is not decoded yet; all of a clip that is made at once."""
+        latents = self._undecoded
+        assert latents is not None
+        size = 1 if self.clock.plan.num_frames is None else latents.shape[1]
+        with self.watch.work():
+            frames = self.decoder.next(latents[:, :size])
+        self._given += frames.shape[1]
+        self._undecoded = latents[:, size:] if latents.shape[1] > size else None
+        if self._undecoded is None:
+            self._chunk_is_out()
+        return frames
+
+    def _chunk_is_out(self) -> None:
+        expected, given = self.clock.num_frames(self.index), self._given
+        self._given = 0
+        if given != expected:
             raise ValueError(
-                f"the codec made {frames.shape[1]} frames of chunk {self.index}, expected {expected} by the model's "
-                "geometry; correct geometry in the model's description"
+                f"the codec made {given} frames of chunk {self.index}, expected {expected} by the model's geometry; "
+                "correct geometry in the model's description"
             )
-        self._undecoded = None
         self.watch.chunk(expected)
         self.index += 1
-        return frames
 
     def snapshot(self) -> Snapshot:
         """All that the streams need to go on elsewhere, bit for bit."""
@@ -118,7 +171,7 @@ class Stream:
             "codec": self.decoder.snapshot(),
             "loose": Snapshot(loose, {}),
         }
-        return merge(parts, {"index": self.index})
+        return merge(parts, {"index": self.index, "given": self._given})
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot. Raises ValueError for one of other settings, weights or noise."""
@@ -126,4 +179,28 @@ class Stream:
         self.decoder.restore(snapshot.nested("codec"))
         latents = snapshot.nested("loose").tensors.get("latents")
         self._undecoded = None if latents is None else latents.to(self.rollout.device)
-        self.index = snapshot.facts["index"]
+        self.index, self._given = snapshot.facts["index"], snapshot.facts.get("given", 0)
+
+
+class _Pace:
+    """Spreads `pieces` over `passes`, so that one more may leave after the last of them."""
+
+    def __init__(self, pieces: int, passes: int) -> None:
+        self._pieces, self._passes, self._given, self._done = pieces, passes, 0, 0
+
+    def due(self, *, all_of_them: bool) -> int:
+        """How many are due after one more pass."""
+        self._done += 1
+        total = self._pieces if all_of_them else min(self._pieces, (self._pieces + 1) * self._done // self._passes)
+        now, self._given = total - self._given, total
+        return now
+
+
+def _advance(passes: Generator[None, None, Chunk]) -> Tensor | None:
+    """One more pass; the latents after the last one."""
+    try:
+        next(passes)
+    except StopIteration as end:
+        chunk: Chunk = end.value
+        return chunk.latents
+    return None

@@ -7,7 +7,7 @@ is asked for, so a finished chunk is handed over first and the last one is never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -125,15 +125,32 @@ class Rollout:
 
     def next_chunk(self) -> Chunk:
         """Generate the next chunk. Raises Cancelled between passes, ValueError past the end of the plan."""
+        passes = self.passes()
+        while True:
+            try:
+                next(passes)
+            except StopIteration as end:
+                chunk: Chunk = end.value
+                return chunk
+
+    def passes(self) -> Generator[None, None, Chunk]:
+        """`next_chunk` with a stop between any two passes, in which something else may be done; returns the chunk.
+
+        Closing it before its end leaves the stream as it was. One at a time.
+        """
         frames = self.config.plan.frames(self.index)
         starts = [*self.starts, frames.start]
         moment = self.timeline.moment(starts, self._text)
         try:
-            self._enter(frames.start, moment)
-            latents = self._denoise(frames, moment)
+            if self._enter(frames.start, moment):
+                yield
+            latents = yield from self._denoise(frames, moment)
         except BaseException:
             self.branches.discard()
             raise
+        return self._finished(frames, starts, moment, latents)
+
+    def _finished(self, frames: range, starts: list[int], moment: Moment, latents: Tensor) -> Chunk:
         self.history.add(frames, latents.detach().clone())  # what the caller does to its copy is the caller's business
         self.starts, self._text, self._repeat = starts[-MAX_BLEND:], moment.text, None
         self.timeline.prune(frames.start)
@@ -164,14 +181,20 @@ class Rollout:
         return switch
 
     @property
+    def num_passes(self) -> int:
+        """Passes of the network that the next chunk takes: its steps, and a commit pass of its own that is due."""
+        separate = self._pending is not None and self.config.commit != "fused"
+        return self.config.schedule_of(self.index).num_steps + separate
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all caches of this stream."""
         return self.branches.num_bytes
 
-    def finish(self) -> None:
-        """Run a commit pass that is still due."""
+    def finish(self) -> bool:
+        """Run a commit pass that is still due; whether one was."""
         if self._pending is None:
-            return
+            return False
         index, moment = self._pending
         assert self._tail is not None
         frames = self.config.plan.frames(index)
@@ -183,26 +206,27 @@ class Rollout:
             self.branches.run((segment,), self._tail, self._sigma(self.config.sigma_commit), prompts)
             self.branches.promote(keep_graph=wants)
         self._pending, self._tail = None, None
+        return True
 
     # ---- a chunk -----------------------------------------------------------------------------------------------
 
-    def _enter(self, start: int, moment: Moment) -> None:
-        """Commit what is due and carry out a prompt switch, once."""
+    def _enter(self, start: int, moment: Moment) -> bool:
+        """Commit what is due and carry out a prompt switch, once; whether a pass was made."""
         due = self._due(moment)
         rewriting = any(switch.policy != "keep" for _, switch in due)
-        if self.config.commit != "fused" or rewriting or self.grad is not None:
-            self.finish()
+        has_committed = (self.config.commit != "fused" or rewriting or self.grad is not None) and self.finish()
         for number, switch in due:
             with torch.no_grad():
                 self._switch(switch, moment, start)
             self._switched = number
+        return has_committed or rewriting
 
     def _due(self, moment: Moment) -> list[tuple[int, Switch]]:
         """Switches that the moment begins and that were not carried out yet, with their numbers."""
         first = moment.prompt - len(moment.begins) + 1
         return [(first + i, switch) for i, switch in enumerate(moment.begins) if first + i > self._switched]
 
-    def _denoise(self, frames: range, moment: Moment) -> Tensor:
+    def _denoise(self, frames: range, moment: Moment) -> Generator[None, None, Tensor]:
         config = self.config
         schedule = config.schedule_of(self.index)
         x = self._draw(frames, 0)
@@ -219,6 +243,8 @@ class Rollout:
                 x0 = config.process.to_x0(x, prediction, step.sigma)
                 noise = partial(self._draw, frames, step.index + 1)  # drawn only where the solver asks for it
                 x, state = config.solver.step(x, x0, step.sigma, step.next_sigma, noise, state)
+            if step.next_sigma > 0.0:
+                yield
         return x
 
     def _forward(
