@@ -72,14 +72,14 @@ def made(name: str, home: Path, *overrides: str) -> DistilRecipe:
     recipe = locate(name, RECIPES)()
     recipe = replace(recipe, text=str(home / "text.safetensors"), start=str(home / "student.safetensors"),
                      data=str(home / ("trajectories" if name.endswith("ode") else "latents")))  # fmt: skip
-    if hasattr(recipe, "codec"):
+    if name.rpartition("-")[2] in ("forcing", "causvid", "gan"):
         recipe = replace(recipe, teacher=str(home / "teacher.safetensors"))
     if name.endswith("ode"):
         recipe = replace(recipe, teacher="")
     return apply_overrides(recipe, [*SMALL, *overrides])
 
 
-@pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "causvid"])
+@pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "causvid", "gan"])
 def test_a_recipe_trains_its_student(name: str, home: Path, tmp_path: Path) -> None:
     recipe = made(f"stage-64-{name}", home)
     Trainer(recipe, tmp_path, show=False).run()
@@ -102,6 +102,8 @@ def test_settings_without_effect_are_refused(home: Path) -> None:
         made("stage-64-ode", home, "short.legs=[[3,1]]")
     with pytest.raises(ValueError, match="other steps than it learns"):
         made("stage-64-causvid", home, "steps.steps=[1000,500]")
+    with pytest.raises(ValueError, match="other steps than it learns"):
+        made("stage-64-gan", home, "steps.steps=[1000,500]")
 
 
 def test_a_few_step_student_is_described_as_one() -> None:

@@ -14,7 +14,7 @@ from unspool.methods.dmd import DistributionMatching
 from unspool.train.loop import Trainer
 from unspool.train.rng import step_rng
 
-KINDS = ["causvid", "self_forcing", "through_kv", "sid", "consistency", "ode"]
+KINDS = ["causvid", "self_forcing", "through_kv", "sid", "gan", "consistency", "ode"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,6 +16,7 @@ from unspool.data.batch import Batch, TrajectoryBatch
 from unspool.methods.base import Method
 from unspool.methods.consistency import CausalConsistency, ConsistencyConfig
 from unspool.methods.dmd import DistributionMatching, Dmd, DmdConfig
+from unspool.methods.gan import Adversarial, GanConfig
 from unspool.methods.ode_regression import OdeRegression, OdeRegressionConfig
 from unspool.methods.on_policy import OnPolicyConfig
 from unspool.methods.samples import NoisedDataConfig, StepList
@@ -30,7 +31,7 @@ from unspool.train.recipe import Recipe
 CHANNELS, SIZE, FRAMES, TEXT_ROWS, TEXT_DIM = 4, (2, 4), 4, 3, 8
 STEPS = StepList(steps=(1000.0, 500.0), shift=2.0)
 PLAN = ChunkPlan(chunk=2)
-Kind = Literal["causvid", "self_forcing", "through_kv", "sid", "consistency", "ode"]
+Kind = Literal["causvid", "self_forcing", "through_kv", "sid", "gan", "consistency", "ode"]
 
 
 def network(seed: int) -> WanTransformer:
@@ -95,6 +96,9 @@ class DistilRecipe(Recipe):
             sample = OnPolicyConfig(
                 steps=STEPS, plan=PLAN, frames=FRAMES, visibility=window, through_kv=self.kind == "through_kv"
             )
+        if self.kind == "gan":
+            gan = GanConfig(sample=sample, levels=ScoreLevels(shift=2.0), ratio=2, r1=1.0, r2=1.0, probe=0.5)
+            return Adversarial(gan, backbone=student, critic=teacher, null_text=null)
         dmd = DmdConfig(
             sample=sample, levels=ScoreLevels(shift=2.0), teacher=ScoreConfig(guidance_from_uncond=3.0), ratio=2,
             loss=Sid() if self.kind == "sid" else Dmd(),

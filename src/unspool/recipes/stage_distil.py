@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from unspool.methods.common import Student
 from unspool.methods.consistency import ConsistencyConfig
 from unspool.methods.dmd import DmdConfig
+from unspool.methods.gan import GanConfig
 from unspool.methods.ode_regression import OdeRegressionConfig
 from unspool.methods.on_policy import OnPolicyConfig
 from unspool.methods.samples import NoisedDataConfig, StepList
@@ -143,10 +144,7 @@ class DmdRecipe(DistilRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps != self.method.sample.steps:
-            raise ValueError(
-                f"steps={self.steps.steps}, method.sample.steps={self.method.sample.steps.steps}: give one list, or "
-                "the model would be run with other steps than it learns"
-            )
+            raise ValueError(_other_steps(self.steps, self.method.sample.steps))
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.dmd import DistributionMatching
@@ -160,6 +158,37 @@ class DmdRecipe(DistilRecipe):
         return DistributionMatching(
             self.method, backbone=student, teacher=teacher, critic=critic, text=text, codec=codec
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GanRecipe(DistilRecipe):
+    """Adversarial distillation: `teacher` gives the weights whose features the discriminator reads."""
+
+    method: GanConfig
+    teacher: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps != self.method.sample.steps:
+            raise ValueError(_other_steps(self.steps, self.method.sample.steps))
+
+    def build_method(self, device: torch.device) -> Method:
+        import torch
+
+        from unspool.methods.gan import Adversarial
+
+        (student, critic), text = self.parts(device, self.start, self.teacher)
+        torch.manual_seed(self.train.seed)  # the discriminator's heads are new
+        method = Adversarial(self.method, backbone=student, critic=critic, text=text)
+        method.discriminator.to(device)
+        return method
+
+
+def _other_steps(own: StepList, learnt: StepList) -> str:
+    return (
+        f"steps={own.steps}, method.sample.steps={learnt.steps}: give one list, or the model would be run with other "
+        "steps than it learns"
+    )
 
 
 def consistency_64() -> ConsistencyRecipe:
@@ -198,6 +227,16 @@ def causvid_64() -> DmdRecipe:
     return _dmd(64, NoisedDataConfig(steps=FEW_STEPS, plan=chunks()), steps=1500, batch=16)
 
 
+def gan_64() -> GanRecipe:
+    """Rollouts against a discriminator that sees data (the GAN variant of Self-Forcing)."""
+    train = train_config(steps=1500, batch=16, lr=1e-4, muon_lr=2e-4, decay=0.99, curve="wsd", compile=True)
+    return GanRecipe(
+        **_files(64), start=_weights(64, "few"), teacher=_weights(64, "teacher"),
+        method=GanConfig(sample=_rollouts(64), levels=ScoreLevels(shift=SHIFT)),
+        train=replace(train, critic=replace(train.optim, lr=2e-4, muon_lr=4e-4)),
+    )  # fmt: skip
+
+
 def _weights(size_px: int, part: str) -> str:
     return f"runs/stage-{size_px}/{part}/student.safetensors"
 
@@ -234,10 +273,12 @@ __all__ = [
     "ConsistencyRecipe",
     "DistilRecipe",
     "DmdRecipe",
+    "GanRecipe",
     "OdeRecipe",
     "causvid_64",
     "consistency_64",
     "consistency_128",
+    "gan_64",
     "ode_64",
     "self_forcing_64",
     "self_forcing_128",
