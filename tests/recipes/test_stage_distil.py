@@ -20,7 +20,7 @@ from unspool.models.caption import CaptionConfig, CaptionEncoder
 from unspool.models.wan.config import WanConfig
 from unspool.models.wan.network import WanTransformer
 from unspool.recipes import RECIPES
-from unspool.recipes.stage_distil import FEW_STEPS, GRID, DistilRecipe
+from unspool.recipes.stage_distil import FEW_STEPS, GRID, TWO_STEPS, DistilRecipe
 from unspool.recipes.stage_folder import SHIFT, describe_model
 from unspool.train.loop import Trainer
 
@@ -114,6 +114,12 @@ def test_a_few_step_student_is_described_as_one() -> None:
     assert spec.rollout.config().schedule == FEW_STEPS.schedule
     with pytest.raises(ValueError, match="distilled to 4 fixed steps"):
         spec.rollout.changed(steps=8)
+    both = describe_model(
+        kind="causal", size_px=64, transformer=Part(kind="wan"), few=FEW_STEPS, fewer=(TWO_STEPS,)
+    ).rollout
+    assert both.changed(steps=2).config().schedule == TWO_STEPS.schedule and both.changed(steps=4) == both
+    with pytest.raises(ValueError, match="distilled to 2 or 4 fixed steps"):
+        both.changed(steps=3)
 
 
 def test_the_teachers_grid_holds_the_students_steps() -> None:

@@ -27,7 +27,8 @@ class RolloutSettings:
     all), `sink` of them always the first; `within` what a frame reads of its own chunk; `positions` a name of POSITIONS
     with its `position_options`; `sigmas` of the schedule, `conditioning` what the network is told instead of them,
     `first_sigmas` of chunk 0; `shift` that makes schedules of another length (None: the steps are fixed, as in a
-    distilled model); `solver` a name of SOLVERS; `switch_policy`, `sink_policy` what a prompt switch does by default.
+    distilled model, whose `other_sigmas` are further schedules that it can be run with); `solver` a name of SOLVERS;
+    `switch_policy`, `sink_policy` what a prompt switch does by default.
     """
 
     chunk: int
@@ -46,6 +47,7 @@ class RolloutSettings:
     position_options: dict[str, int] = field(default_factory=dict)
     conditioning: tuple[float, ...] | None = None
     first_sigmas: tuple[float, ...] | None = None
+    other_sigmas: tuple[tuple[float, ...], ...] = ()
     guidance_mode: Literal["batch", "two_caches"] = "batch"
     guidance_convention: str = GUIDANCE_CONVENTION
     commit: Commit = "separate"
@@ -87,9 +89,12 @@ class RolloutSettings:
         from unspool.diffusion.schedule import uniform
 
         if self.shift is None:
+            known = {len(sigmas) - 1: sigmas for sigmas in self.other_sigmas}
+            if steps in known:
+                return replace(self, sigmas=known[steps], conditioning=None, first_sigmas=None)
+            have = " or ".join(map(str, sorted({self.steps, *known})))
             raise ValueError(
-                f"steps={steps}: this model was distilled to {self.steps} fixed steps; leave steps out or use "
-                f"{self.steps}"
+                f"steps={steps}: this model was distilled to {have} fixed steps; leave steps out or use {have}"
             )
         return replace(self, sigmas=uniform(steps, shift=self.shift).sigmas, conditioning=None, first_sigmas=None)
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 FEW_STEPS = StepList(steps=(1000.0, 750.0, 500.0, 250.0), shift=SHIFT)
 """The four steps of the shipped student."""
+TWO_STEPS = StepList(steps=(1000.0, 500.0), shift=SHIFT)
+"""Half of them, for `--steps 2`."""
 GRID = 24
 """Steps of the many-step networks while they teach; a multiple of the student's number, at the same shift."""
 
@@ -38,10 +40,12 @@ GRID = 24
 class DistilRecipe(LatentRecipe):
     """Base: the text encoder is used as it is, and weight files give networks of the student's sizes.
 
-    Fields: `steps` of the student that comes out; `start` its first weights.
+    Fields: `steps` of the student that comes out, `fewer` shorter lists that it may also be run with; `start` its first
+    weights.
     """
 
     steps: StepList = FEW_STEPS
+    fewer: tuple[StepList, ...] = (TWO_STEPS,)
 
     kind: ClassVar[Literal["causal", "bidirectional"]] = "causal"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from unspool.diffusion.schedule import uniform
@@ -47,9 +47,11 @@ def write_folder(
     provenance: Mapping[str, Any] | None = None,
     card: str | None = None,
     few: StepList | None = None,
+    fewer: Sequence[StepList] = (),
 ) -> ModelSpec:
     """Write the folder of a student ("causal") or teacher. `weights` has keys `backbone.*` and, where the text encoder
-    was trained along, `text.*`; the network's are stored in bfloat16. `few`: the steps of a distilled student."""
+    was trained along, `text.*`; the network's are stored in bfloat16. `few`: the steps of a distilled student,
+    `fewer` lists that it may also be run with."""
     import torch
 
     from unspool.models.caption import CaptionEncoder
@@ -61,7 +63,9 @@ def write_folder(
         own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         if own or prefix == "backbone.":
             module.load_state_dict(own)
-    spec = describe_model(kind=kind, size_px=size_px, transformer=Part(kind="wan"), provenance=provenance, few=few)
+    spec = describe_model(
+        kind=kind, size_px=size_px, transformer=Part(kind="wan"), provenance=provenance, few=few, fewer=fewer
+    )
     return save_model_folder(
         folder,
         spec,
@@ -79,9 +83,10 @@ def describe_model(
     transformer: Part,
     provenance: Mapping[str, Any] | None = None,
     few: StepList | None = None,
+    fewer: Sequence[StepList] = (),
 ) -> ModelSpec:
     """How a stage network is run, as `model.json` states it; files are filled in when it is saved. `few`: the steps of
-    a distilled student, which has its guidance inside."""
+    a distilled student, which has its guidance inside; `fewer`: shorter lists that it may also be run with."""
     schedule = uniform(STEPS[kind], shift=SHIFT) if few is None else few.schedule
     return ModelSpec(
         name="stage" if kind == "causal" else "stage-teacher",
@@ -90,6 +95,7 @@ def describe_model(
         height_px=size_px, width_px=size_px, fps=16.0, geometry=Geometry(), clip=CLIP,
         rollout=RolloutSettings(
             chunk=CHUNK, window=WINDOW, sink=SINK, sigmas=schedule.sigmas, conditioning=schedule.conditioning,
+            other_sigmas=tuple(steps.schedule.sigmas for steps in fewer),
             solver="few_step" if few else "euler", shift=None if few else SHIFT,
             guidance_scale=1.0 if few else GUIDANCE, sigma_commit=0.0, switch_policy="keep",
             positions="relative" if kind == "causal" else "absolute",

@@ -156,6 +156,7 @@ class StageModel:
         write_folder(
             folder, kind=kind, size_px=self.config.size_px, network=recipe.network, weights=self._weights(part, ""),
             codec=self.home / "codec.safetensors", text=self.home / "text.safetensors", few=recipe.few,
+            fewer=getattr(recipe, "fewer", ()),
             provenance=self._provenance(part), card=card_of(kind, self.config.size_px, self._provenance(part)),
         )  # fmt: skip
         self.tell(f"models: {folder}")
