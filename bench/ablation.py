@@ -85,8 +85,8 @@ ARMS: dict[str, Arm] = {
 class Ablation:
     """Makes what is missing of an arm, in order: data, teacher, causal network, paths, init, distillation, scores."""
 
-    def __init__(self, out: Path, stage: Path, seed: int, overrides: list[str]) -> None:
-        self.out, self.stage, self.seed, self.overrides = out, stage, seed, overrides
+    def __init__(self, out: Path, stage: Path, seed: int, overrides: list[str], paths: int = 1000) -> None:
+        self.out, self.stage, self.seed, self.overrides, self.count = out, stage, seed, overrides, paths
         self.home = out / f"seed-{seed}"
         self.latents, self.text = out / "latents", stage / "text.safetensors"
 
@@ -127,7 +127,7 @@ class Ablation:
         folder = self.home / f"paths-{steps}"
         config = PathsConfig(
             weights=str(self.teacher()), data=str(self.latents), text=str(self.text), network=self.small(),
-            steps=StepList(steps=LISTS[steps], shift=SHIFT), count=1000,
+            steps=StepList(steps=LISTS[steps], shift=SHIFT), count=self.count,
         )  # fmt: skip
         write_stage_paths(config, folder)
         return folder
@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arms", default=",".join(ARMS), help="names, separated by commas")
     parser.add_argument("--clips", type=int, default=8000)
+    parser.add_argument("--paths", type=int, default=1000, help="paths of the teacher for ODE regression")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--streams", type=int, default=16, help="streams of 20 s, ten times the training length")
     parser.add_argument("--table", action="store_true", help="show what is there and make nothing")
@@ -278,7 +279,7 @@ def main() -> None:
         parser.error(f"--arms {unknown[0]}: expected some of {', '.join(ARMS)}")
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(args.seeds):
-        ablation = Ablation(args.out, args.stage, seed, args.overrides)
+        ablation = Ablation(args.out, args.stage, seed, args.overrides, args.paths)
         if not args.table:
             ablation.data(args.clips)
         for name in names:
