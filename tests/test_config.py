@@ -139,8 +139,11 @@ def test_overrides_of_one_dataclass_are_validated_together() -> None:
     assert cfg.apply_overrides(run, ["cache=none"]).cache is None
     with pytest.raises(ValueError, match="set the fields of Window or none one by one"):
         cfg.apply_overrides(run, ["cache=3"])
+    assert cfg.apply_overrides(Run(), ["cache.window=3"]).cache == Window(window=3), "the first fields make it"
+    with pytest.raises(ValueError, match=r"Window also needs cache\.window"):
+        cfg.apply_overrides(Run(), ["cache.sink=1"])
     with pytest.raises(ValueError, match="has no fields to set"):
-        cfg.apply_overrides(Run(), ["cache.window=3"])
+        cfg.apply_overrides(Run(), ["seed.window=3"])
 
 
 @pytest.mark.parametrize("items", [["cache=none", "cache.window=3"], ["cache.window=3", "cache=none"]])

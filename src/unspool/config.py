@@ -144,7 +144,10 @@ def _replace(config: Any, tree: Mapping[str, Any], where: str) -> Any:
         if isinstance(value, Mapping) and TYPE_KEY in value:
             changes[name] = _chosen(getattr(config, name), hints[name], value, key)
         elif isinstance(value, Mapping):
-            current = getattr(config, name)
+            current, only = getattr(config, name), list(_by_name(hints[name]))
+            if current is None and len(only) == 1:  # its first fields make it
+                changes[name] = _chosen(None, hints[name], {TYPE_KEY: only[0], **value}, key)
+                continue
             if not _is_config(current):
                 raise ValueError(
                     f"{key}: is {_show(current)}, which has no fields to set ({key}.{next(iter(value))}=...)"

@@ -22,7 +22,9 @@ from unspool.models.wan.network import WanTransformer
 from unspool.recipes import RECIPES
 from unspool.recipes.stage_distil import FEW_STEPS, GRID, TWO_STEPS, DistilRecipe
 from unspool.recipes.stage_folder import SHIFT, describe_model
+from unspool.train.dryrun import estimate
 from unspool.train.loop import Trainer
+from unspool.train.recipe import Named
 
 CAPTIONS = ("a red ball bounces", "a blue star rests")
 SIZES = ("network.dim=16", "network.ffn_dim=32", "network.num_layers=1", "network.num_heads=2", "network.text_dim=8",
@@ -85,6 +87,13 @@ def test_a_recipe_trains_its_student(name: str, home: Path, tmp_path: Path) -> N
     Trainer(recipe, tmp_path, show=False).run()
     before, after = load_file(home / "student.safetensors"), load_file(tmp_path / "student.safetensors")
     assert set(after) == set(before) and any(not torch.equal(after[n], before[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "causvid", "gan"])
+def test_a_dry_run_measures_a_step(name: str, home: Path) -> None:
+    found = estimate(Named(name=name, description="", recipe=made(f"stage-64-{name}", home)), timed_steps=1)
+    assert found.measured is not None, found.why
+    assert found.measured.flops > 0 and found.measured.step_s > 0 and "to the end" in found.text()
 
 
 def test_paths_are_sampled_first_where_there_are_none(home: Path, tmp_path: Path) -> None:

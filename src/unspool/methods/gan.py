@@ -91,7 +91,7 @@ class Discriminator(Student):
         read = []
         for k, features in enumerate(found):
             keys = self.norms[k](features.to(wide))
-            query = self.registers[k].to(wide).expand(len(keys), 1, -1)
+            query = self.registers[k].to(wide).repeat(len(keys), 1, 1)
             read.append(self.readers[k](query, keys, keys, need_weights=False)[0][:, 0])
         return self.judge(torch.cat(read, dim=1))[:, 0].to(wide)
 

@@ -126,12 +126,13 @@ def estimate(named: Named, *, timed_steps: int = 2) -> Estimate:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     train.check_batch(ranks)
     device = pick_device(train.device, int(os.environ.get("LOCAL_RANK", "0")))
+    is_real = False
     try:
         with torch.device("meta"):
             method = named.recipe.build_method(torch.device("meta"))
     except Exception:  # what reads files or computes with its weights cannot be built without memory
         seed_step(train.seed, 0, "build", 0, device)
-        method = named.recipe.build_method(device)
+        method, is_real = named.recipe.build_method(device), True
     costs = tuple(_role_cost(role, network, train) for role, network in method.networks.items())
     costs += tuple(_helper_cost(name, network, train, frozen) for name, network, frozen in helpers(method))
     whole = partial(Estimate, named=named, world=ranks, roles=costs)
@@ -140,8 +141,7 @@ def estimate(named: Named, *, timed_steps: int = 2) -> Estimate:
     need, there = sum(cost.total_bytes for cost in costs), _memory_bytes(device)
     if need > MEMORY_SHARE * there:
         return whole(measured=None, why=f"{size(need)} are needed, and {device} has {size(there)}")
-    all_networks = [*method.networks.values(), *(network for _, network, _ in helpers(method))]
-    if any(p.is_meta for network in all_networks for p in network.parameters()):
+    if not is_real:  # networks whose weights were read are, but not what else a method holds, such as a text encoder
         seed_step(train.seed, 0, "build", 0, device)
         method = named.recipe.build_method(device)
     return whole(measured=_measure(named, method, device, timed_steps))
