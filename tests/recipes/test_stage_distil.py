@@ -74,14 +74,14 @@ def made(name: str, home: Path, *overrides: str) -> DistilRecipe:
     recipe = locate(name, RECIPES)()
     recipe = replace(recipe, text=str(home / "text.safetensors"), start=str(home / "student.safetensors"),
                      data=str(home / ("trajectories" if name.endswith("ode") else "latents")))  # fmt: skip
-    if name.rpartition("-")[2] in ("forcing", "causvid", "gan"):
+    if name.rpartition("-")[2] in ("forcing", "bidirectional", "causvid", "gan"):
         recipe = replace(recipe, teacher=str(home / "teacher.safetensors"))
     if name.endswith("ode"):
         recipe = replace(recipe, teacher="")
     return apply_overrides(recipe, [*SMALL, *overrides])
 
 
-@pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "causvid", "gan"])
+@pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "self-forcing-bidirectional", "causvid", "gan"])
 def test_a_recipe_trains_its_student(name: str, home: Path, tmp_path: Path) -> None:
     recipe = made(f"stage-64-{name}", home)
     Trainer(recipe, tmp_path, show=False).run()

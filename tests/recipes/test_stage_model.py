@@ -21,7 +21,8 @@ SMALL = (
         "network.num_heads=2", "network.text_dim=16", "train.compile=false", "watch.every=4", "watch.clips=2",
         "watch.frames=21", "watch.steps=2",
     )),
-    "teacher.short.legs=[[3,1],[9,1]]", "few.short.legs=[[3,4]]", "distil.method.sample.frames=3",
+    "teacher.short.legs=[[3,1],[9,1]]", "few.short.legs=[[3,4]]", "distil.short.legs=[[3,4]]",
+    "distil.method.sample.frames=3",
 )  # fmt: skip
 
 

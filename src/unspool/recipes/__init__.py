@@ -11,6 +11,7 @@ RECIPES: dict[str, str] = {
     "stage-64-ode": "unspool.recipes.stage_distil:ode_64",
     "stage-64-self-forcing": "unspool.recipes.stage_distil:self_forcing_64",
     "stage-64-gan": "unspool.recipes.stage_distil:gan_64",
+    "stage-64-self-forcing-bidirectional": "unspool.recipes.stage_distil:self_forcing_64_bidirectional",
     "stage-64-causvid": "unspool.recipes.stage_distil:causvid_64",
     "stage-128-codec": "unspool.recipes.stage:codec_128",
     "stage-128-teacher": "unspool.recipes.stage:teacher_128",

@@ -15,7 +15,7 @@ from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import ScoreConfig, ScoreLevels
 from unspool.recipes.stage import network_64, network_128, train_config
 from unspool.recipes.stage_folder import GUIDANCE, SHIFT
-from unspool.recipes.stage_parts import CLIP, LatentRecipe, chunks
+from unspool.recipes.stage_parts import CLIP, LatentRecipe, ShortClips, chunks
 from unspool.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ FEW_STEPS = StepList(steps=(1000.0, 750.0, 500.0, 250.0), shift=SHIFT)
 """The four steps of the shipped student."""
 TWO_STEPS = StepList(steps=(1000.0, 500.0), shift=SHIFT)
 """Half of them, for `--steps 2`."""
+SHORT = 9
+"""Latent frames, three chunks, of most steps: what a network does next to its past is learnt from few of them."""
 GRID = 24
 """Steps of the many-step networks while they teach; a multiple of the student's number, at the same shift."""
 
@@ -197,8 +199,9 @@ def _other_steps(own: StepList, learnt: StepList) -> str:
 
 def consistency_64() -> ConsistencyRecipe:
     """Few-step initialisation of the 64 px stage: the many-step student taught to jump, guidance included."""
-    return _consistency(64, train_config(
-        steps=600, batch=16, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True))  # fmt: skip
+    recipe = _consistency(64, train_config(
+        steps=2000, batch=16, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True))  # fmt: skip
+    return replace(recipe, short=ShortClips(legs=((SHORT, 1650),)))
 
 
 def consistency_128() -> ConsistencyRecipe:
@@ -217,17 +220,26 @@ def ode_64() -> OdeRecipe:
 
 
 def self_forcing_64() -> DmdRecipe:
-    """The shipped few-step student: its own rollouts against the bidirectional teacher (Self-Forcing)."""
+    """The shipped few-step student: rollouts of three chunks (Self-Forcing), scored by the many-step student, which at
+    this budget knows more than the bidirectional teacher does (that one: `self_forcing_64_bidirectional`)."""
+    steps, score = 1300, ScoreConfig(guidance_from_uncond=GUIDANCE, reads="clean_past", plan=chunks())
+    recipe = _dmd(64, replace(_rollouts(64), frames=SHORT), steps=steps, batch=16)
+    method = replace(recipe.method, teacher=score, critic=replace(score, guidance_from_uncond=1.0), ratio=3)
+    return replace(recipe, method=method, teacher=_weights(64, "student"), short=ShortClips(legs=((SHORT, steps),)))
+
+
+def self_forcing_64_bidirectional() -> DmdRecipe:
+    """Rollouts of whole clips against the bidirectional teacher, as published."""
     return _dmd(64, _rollouts(64), steps=1500, batch=16)
 
 
 def self_forcing_128() -> DmdRecipe:
-    """The same at 128 px (one GPU, minutes)."""
+    """Rollouts of whole clips against the bidirectional teacher at 128 px (one GPU, minutes)."""
     return _dmd(128, _rollouts(128), steps=1500, batch=48)
 
 
 def causvid_64() -> DmdRecipe:
-    """The same loss on noised data (CausVid)."""
+    """Noised data against the bidirectional teacher (CausVid)."""
     return _dmd(64, NoisedDataConfig(steps=FEW_STEPS, plan=chunks()), steps=1500, batch=16)
 
 
@@ -285,5 +297,6 @@ __all__ = [
     "gan_64",
     "ode_64",
     "self_forcing_64",
+    "self_forcing_64_bidirectional",
     "self_forcing_128",
 ]  # fmt: skip

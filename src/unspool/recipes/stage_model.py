@@ -173,7 +173,7 @@ class StageModel:
         if begins is not None:
             made = replace(made, start=self._trained(begins))
         if part == "distil":
-            made = replace(made, teacher=self._trained("teacher"))
+            made = replace(made, teacher=self._trained("teacher" if made.method.teacher.reads == "all" else "student"))
         own = [o.partition(".")[2] for o in self.config.overrides if o.partition(".")[0] == part]
         return apply_overrides(made, own)
 
