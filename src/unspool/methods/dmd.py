@@ -19,7 +19,7 @@ from unspool.methods.base import StepResult
 from unspool.methods.common import FLOW, Student, noise_like, velocity_loss
 from unspool.methods.on_policy import OnPolicyConfig
 from unspool.methods.samples import NoisedDataConfig, Sample, Sampler
-from unspool.methods.scores import Conditioner, Score, ScoreConfig, ScoreLevels
+from unspool.methods.scores import Conditioner, Score, ScoreConfig, ScoreLevels, alternating_roles, sample_for
 from unspool.methods.sid import Sid
 from unspool.models.base import Codec
 
@@ -164,15 +164,10 @@ class DistributionMatching:
         return {"teacher": self.teacher_network}
 
     def roles(self, step: int) -> tuple[str, ...]:
-        acts = step >= self.config.alone and (step - self.config.alone) % self.config.ratio == 0
-        return ("student", "critic") if acts else ("critic",)
+        return alternating_roles(step, ratio=self.config.ratio, alone=self.config.alone)
 
     def step(self, batch: Batch, role: str, step: int, rng: torch.Generator) -> StepResult:
-        if role not in self.networks:
-            raise ValueError(f"role={role!r}: expected 'student' or 'critic'")
-        prompts, uncond = self.conditioner(batch)
-        with torch.set_grad_enabled(role == "student"):
-            sample = self.sampler(self.student, batch, prompts, uncond, rng)
+        sample = sample_for(role, self.sampler, self.student, self.conditioner, batch, rng)
         if role == "critic":
             return self._critic_step(sample, rng)
         sigma = self.config.levels.draw(len(sample.latents), rng, sample.bounds)

@@ -22,7 +22,7 @@ from unspool.methods.common import FLOW, BatchPrompts, Contexts, Student, clean_
 from unspool.methods.dmd import same_latents
 from unspool.methods.on_policy import OnPolicyConfig
 from unspool.methods.samples import NoisedDataConfig, Sample, Sampler
-from unspool.methods.scores import Conditioner, ScoreLevels
+from unspool.methods.scores import Conditioner, ScoreLevels, alternating_roles, sample_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,15 +156,10 @@ class Adversarial:
         return {"student": self.student, "critic": self.discriminator}
 
     def roles(self, step: int) -> tuple[str, ...]:
-        acts = step >= self.config.alone and (step - self.config.alone) % self.config.ratio == 0
-        return ("student", "critic") if acts else ("critic",)
+        return alternating_roles(step, ratio=self.config.ratio, alone=self.config.alone)
 
     def step(self, batch: Batch, role: str, step: int, rng: torch.Generator) -> StepResult:
-        if role not in self.networks:
-            raise ValueError(f"role={role!r}: expected 'student' or 'critic'")
-        prompts, uncond = self.conditioner(batch)
-        with torch.set_grad_enabled(role == "student"):
-            sample = self.sampler(self.student, batch, prompts, uncond, rng)
+        sample = sample_for(role, self.sampler, self.student, self.conditioner, batch, rng)
         data = clean_latents(batch)
         if data.shape[1] != sample.latents.shape[1]:
             raise ValueError(

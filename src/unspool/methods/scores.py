@@ -21,6 +21,7 @@ from unspool.diffusion.schedule import shift_sigma
 from unspool.methods.common import FLOW, BatchPrompts, Contexts, Student
 from unspool.methods.draws import uniform
 from unspool.methods.past import Clean, CleanPast, Masked, NoisyPast, Positions
+from unspool.methods.samples import Sample, Sampler
 from unspool.rollout.guidance import combine
 
 Reads = Literal["all", "noisy_past", "clean_past"]
@@ -101,6 +102,24 @@ class Conditioner:
     def text(self) -> nn.Module:
         """The encoder. Raises AttributeError where batches bring their text states."""
         return self._reader.text
+
+
+def alternating_roles(step: int, *, ratio: int, alone: int) -> tuple[str, ...]:
+    """The critic learns at every step; the student before it at every `ratio`-th one, after `alone` steps."""
+    acts = step >= alone and (step - alone) % ratio == 0
+    return ("student", "critic") if acts else ("critic",)
+
+
+def sample_for(
+    role: str, sampler: Sampler, student: Student, conditioner: Conditioner, batch: Batch, rng: torch.Generator
+) -> Sample:
+    """The student's samples for the step of a role, with a graph where that is the student. Raises ValueError for
+    another role than "student" and "critic"."""
+    if role not in ("student", "critic"):
+        raise ValueError(f"role={role!r}: expected 'student' or 'critic'")
+    prompts, uncond = conditioner(batch)
+    with torch.set_grad_enabled(role == "student"):
+        return sampler(student, batch, prompts, uncond, rng)
 
 
 @dataclass(frozen=True, kw_only=True)
