@@ -142,15 +142,14 @@ def _replace(config: Any, tree: Mapping[str, Any], where: str) -> Any:
         if isinstance(value, str) and len(_configs(hints[name])) > 1 and value in _by_name(hints[name]):
             value = {TYPE_KEY: value}
         current = getattr(config, name)
-        if isinstance(value, Mapping) and current is None and len(only := list(_by_name(hints[name]))) == 1:
+        if isinstance(value, Mapping) and current is None and len(only := [*_by_name(hints[name])]) == 1:
             value = {TYPE_KEY: only[0], **value}  # its first fields make it
         if isinstance(value, Mapping) and TYPE_KEY in value:
             changes[name] = _chosen(current, hints[name], value, key)
         elif isinstance(value, Mapping):
             if not _is_config(current):
-                raise ValueError(
-                    f"{key}: is {_show(current)}, which has no fields to set ({key}.{next(iter(value))}=...)"
-                )
+                told = f"is {_show(current)}, which has no fields to set ({key}.{next(iter(value))}=...)"
+                raise ValueError(f"{key}: {told}")
             changes[name] = _replace(current, value, key)
         else:
             changes[name] = _parse(value, hints[name], key)
