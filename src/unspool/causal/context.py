@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unspool.causal.mask import MaskBlock, MaskSpec
+from unspool.causal.visibility import MAIN
 from unspool.ops.attention import flex, sdpa
 from unspool.ops.rope import Rope, rotate, table_dtype
 from unspool.ops.transfer import to_device
@@ -27,15 +28,16 @@ class Site:
 
     Fields: `index` its row in a cache; `heads`, `head_dim`; `stream` names sites that share a visibility;
     `rows` samples of attention per sample of the batch and `tokens_per_frame` where they differ from the latent's
-    (attention over time alone has one row per spatial position and one token per latent frame).
+    (attention over time alone has one row per spatial position and one token per latent frame). `rows=None`: as many
+    as hold all tokens of a latent frame, at whatever resolution.
     """
 
     index: int
     heads: int
     head_dim: int
     name: str = ""
-    stream: str = "self"
-    rows: int = 1
+    stream: str = MAIN
+    rows: int | None = 1
     tokens_per_frame: int | None = None
 
 
@@ -80,16 +82,17 @@ class FullSequence:
                 "use backend='slices'"
             )
         self._fixed = fixed
-        self._masks: dict[tuple[str, int, torch.device], Any] = {}
+        self._masks: dict[tuple[str, str, int, torch.device], Any] = {}
         self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     @property
     def positions(self) -> Tensor:
-        if self._fixed is not None:
-            return torch.tensor(self._fixed)
-        assert self.mask is not None
-        own = [p for block in self.mask.blocks for p in block.query_positions]
-        return torch.tensor(own)
+        if self._fixed is None:
+            raise ValueError(
+                "these positions move keys after they were written, but this network adds positions to its hidden "
+                "state, where they cannot be moved; use positions that stay: Absolute or Cyclic"
+            )
+        return torch.tensor(self._fixed)
 
     def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
         if q.shape[1] % self.num_frames:
@@ -107,17 +110,25 @@ class FullSequence:
             cos, sin = self._table(self._fixed, rope, q)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.mask is None:
+            if site.stream != MAIN:
+                raise ValueError(
+                    f"attention stream {site.stream!r} needs to know which latent frames are clean, which a sequence "
+                    "without a mask does not; use clean_prefix_mask or teacher_forcing_mask, or a network without it"
+                )
             return sdpa(q, k, v)
+        mask = self.mask.stream(site.stream)
         if self.backend == "dense":
-            return sdpa(q, k, v, self._compiled(self.mask.dense, tokens, q.device))
+            return sdpa(q, k, v, self._compiled(mask.dense, site.stream, tokens, q.device))
         if self.backend == "flex":
-            return flex(q, k, v, self._compiled(self.mask.flex, tokens, q.device))
-        outputs = [self._attend_block(block, tokens, q, k, v, rope) for block in self.mask.blocks]
+            return flex(q, k, v, self._compiled(mask.flex, site.stream, tokens, q.device))
+        outputs = [self._attend_block(block, tokens, q, k, v, rope) for block in mask.blocks]
         return torch.cat(outputs, dim=1)
 
-    def _compiled(self, form: Callable[[int, torch.device], Any], tokens: int, device: torch.device) -> Any:
+    def _compiled(
+        self, form: Callable[[int, torch.device], Any], stream: str, tokens: int, device: torch.device
+    ) -> Any:
         """The mask as a backend wants it, made once and not per layer."""
-        key = (form.__name__, tokens, device)
+        key = (form.__name__, stream, tokens, device)
         if key not in self._masks:
             self._masks[key] = form(tokens, device)
         return self._masks[key]
@@ -129,7 +140,8 @@ class FullSequence:
         keys = _take(k, block, tokens)
         if rope is not None and self._fixed is None:
             own = rotate(own, *self._table(block.query_positions, rope, q))
-            keys = rotate(keys, *self._table(block.key_positions, rope, q))
+            first = block.key_positions[:1] * block.copies
+            keys = rotate(keys, *self._table(first + block.key_positions, rope, q))
         return sdpa(own, keys, _take(v, block, tokens))
 
     def _table(self, positions: tuple[int, ...], rope: Rope, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,4 +154,5 @@ class FullSequence:
 
 def _take(x: Tensor, block: MaskBlock, tokens: int) -> Tensor:
     parts = [x[:, start * tokens : end * tokens] for start, end in block.keys.intervals]
+    parts = [parts[0][:, :tokens]] * block.copies + parts
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING
 
 from unspool.causal.chunks import ChunkPlan, FrameSet
 from unspool.causal.position import PositionPolicy
-from unspool.causal.visibility import Kind, Segment, Visibility
+from unspool.causal.visibility import (
+    MAIN,
+    Kind,
+    Segment,
+    Visibility,
+    first_copies,
+    own_reads,
+    stream_of,
+    streams_of,
+    within_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -22,20 +32,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskBlock:
-    """Consecutive query frames that read the same keys; positions follow the frames in ascending order."""
+    """Consecutive query frames that read the same keys; positions follow the frames in ascending order.
+
+    `copies`: how many times more than once the first key frame is read.
+    """
 
     queries: range
     keys: FrameSet
     query_positions: tuple[int, ...]
     key_positions: tuple[int, ...]
+    copies: int = 0
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Who reads whom in one sequence of `num_frames` sequence frames."""
+    """Who reads whom in one sequence of `num_frames` sequence frames; `streams` the same for attentions besides."""
 
     num_frames: int
     blocks: tuple[MaskBlock, ...]
+    streams: tuple[tuple[str, MaskSpec], ...] = ()
+
+    def stream(self, name: str) -> MaskSpec:
+        """The mask of the attentions of one stream. Raises ValueError where none was made."""
+        masks = {MAIN: self, **dict(self.streams)}
+        if name not in masks:
+            raise ValueError(
+                f"attention stream {name!r}: this mask has {list(masks)} only; make it from a visibility that speaks "
+                "of that stream, such as PrefixEnhanced(base=..., frames=...)"
+            )
+        return masks[name]
 
     def allowed(self) -> list[list[bool]]:
         """Frame-level truth table [query frame][key frame]."""
@@ -61,6 +86,7 @@ class MaskSpec:
         """Boolean [tokens, tokens], True where the query (row) reads the key (column)."""
         import torch
 
+        self._check_single()
         frames = torch.tensor(self.allowed(), dtype=torch.bool, device=device)
         return frames.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
 
@@ -69,6 +95,7 @@ class MaskSpec:
         import torch
         from torch.nn.attention.flex_attention import create_block_mask
 
+        self._check_single()
         frames = torch.tensor(self.allowed(), dtype=torch.bool, device=device)
         n = self.num_frames * tokens_per_frame
 
@@ -77,38 +104,52 @@ class MaskSpec:
 
         return create_block_mask(reads, None, None, n, n, device=device)
 
+    def _check_single(self) -> None:
+        if any(block.copies for block in self.blocks):
+            raise ValueError(
+                "a past shorter than the prefix is read several times, which no boolean mask can say; use "
+                "backend='slices', or a first chunk of at least as many latent frames"
+            )
 
-def _blocks(
-    frames: range, past: FrameSet, past_positions: list[int], own_positions: list[int], offset: int, causal: bool
-) -> list[MaskBlock]:
-    """Mask blocks of one chunk whose own frames sit `offset` further on in the sequence than its past."""
-    own = range(frames.start + offset, frames.stop + offset)
-    past_list = list(past)
+
+_Part = tuple[range, Kind, int]  # latent frames, why, and how much further on than its past they sit in the sequence
+
+
+def _chunk_blocks(part: _Part, visibility: Visibility, positions: PositionPolicy) -> list[MaskBlock]:
+    frames, kind, offset = part
+    segment = Segment(kind=kind, frames=frames)
+    past = visibility.visible(segment)
+    past_positions, own_positions = positions.assign(segment, past)
+    start = frames.start + offset
+    at = dict(zip(past, past_positions, strict=True))
+    at.update(zip(range(start, frames.stop + offset), own_positions, strict=True))
     blocks = []
-    groups = [range(f, f + 1) for f in own] if causal else [own]
-    for queries in groups:
-        seen = list(range(own.start, queries.stop))
-        positions = dict(zip(past_list, past_positions, strict=True))
-        positions.update(zip(own, own_positions, strict=True))
-        keys = FrameSet.of_frames([*past_list, *seen])
+    for queries, seen in own_reads(within_of(visibility, segment), len(frames)):
+        keys = FrameSet.of_frames([*past, *(start + i for i in seen)])
         blocks.append(
             MaskBlock(
-                queries=queries,
+                queries=range(start + queries.start, start + queries.stop),
                 keys=keys,
-                query_positions=tuple(own_positions[queries.start - own.start : queries.stop - own.start]),
-                key_positions=tuple(positions[k] for k in keys),
+                query_positions=tuple(own_positions[queries.start : queries.stop]),
+                key_positions=tuple(at[k] for k in keys),
+                copies=first_copies(visibility, past),
             )
         )
     return blocks
 
 
-def _chunk_blocks(
-    frames: range, kind: Kind, visibility: Visibility, positions: PositionPolicy, *, offset: int = 0
-) -> list[MaskBlock]:
-    segment = Segment(kind=kind, frames=frames)
-    past = visibility.visible(segment)
-    keys, own = positions.assign(segment, past)
-    return _blocks(frames, past, keys, own, offset, visibility.within == "causal")
+def _spec(num_frames: int, parts: list[_Part], visibility: Visibility, positions: PositionPolicy) -> MaskSpec:
+    """The mask of a sequence of chunks, and those of the visibility's other streams."""
+    _check_maskable(visibility)
+    blocks = [block for part in parts for block in _chunk_blocks(part, visibility, positions)]
+    streams = [
+        (name, _spec(num_frames, parts, stream_of(visibility, name), positions)) for name in streams_of(visibility)
+    ]
+    return MaskSpec(num_frames, tuple(blocks), tuple(streams))
+
+
+def _chunks(plan: ChunkPlan, num_frames: int) -> list[range]:
+    return [range(c.start, min(c.stop, num_frames)) for c in plan.chunks(0, num_frames)]
 
 
 def _check_maskable(visibility: Visibility) -> None:
@@ -124,12 +165,22 @@ def causal_mask(
     plan: ChunkPlan, num_frames: int, visibility: Visibility, positions: PositionPolicy, kind: Kind = Kind.DENOISE
 ) -> MaskSpec:
     """Each chunk reads itself and what the visibility gives it: diffusion forcing and plain causal training."""
-    _check_maskable(visibility)
-    blocks: list[MaskBlock] = []
-    for frames in plan.chunks(0, num_frames):
-        cut = range(frames.start, min(frames.stop, num_frames))
-        blocks += _chunk_blocks(cut, kind, visibility, positions)
-    return MaskSpec(num_frames, tuple(blocks))
+    return _spec(num_frames, [(frames, kind, 0) for frames in _chunks(plan, num_frames)], visibility, positions)
+
+
+@lru_cache(maxsize=64)
+def clean_prefix_mask(
+    plan: ChunkPlan, num_frames: int, prefix: int, visibility: Visibility, positions: PositionPolicy
+) -> MaskSpec:
+    """Chunks before latent frame `prefix` commit, those from it on denoise: a clean prefix in front of noisy frames
+    (ViD-GPT; arXiv:2411.16375 section 3.2). Raises ValueError when `prefix` lies inside a chunk."""
+    chunks = _chunks(plan, num_frames)
+    if prefix not in {0, *(c.stop for c in chunks)}:
+        raise ValueError(
+            f"prefix={prefix} latent frames end inside a chunk; expected one of {[0, *(c.stop for c in chunks)]}"
+        )
+    parts = [(c, Kind.COMMIT if c.stop <= prefix else Kind.DENOISE, 0) for c in chunks]
+    return _spec(num_frames, parts, visibility, positions)
 
 
 @lru_cache(maxsize=64)
@@ -137,11 +188,6 @@ def teacher_forcing_mask(
     plan: ChunkPlan, num_frames: int, visibility: Visibility, positions: PositionPolicy
 ) -> MaskSpec:
     """Sequence [clean | noisy] of 2 `num_frames`: clean chunks commit, noisy chunks read clean ones before them."""
-    _check_maskable(visibility)
-    chunks = [range(c.start, min(c.stop, num_frames)) for c in plan.chunks(0, num_frames)]
-    blocks: list[MaskBlock] = []
-    for frames in chunks:
-        blocks += _chunk_blocks(frames, Kind.COMMIT, visibility, positions)
-    for frames in chunks:
-        blocks += _chunk_blocks(frames, Kind.DENOISE, visibility, positions, offset=num_frames)
-    return MaskSpec(2 * num_frames, tuple(blocks))
+    chunks = _chunks(plan, num_frames)
+    parts = [(c, Kind.COMMIT, 0) for c in chunks] + [(c, Kind.DENOISE, num_frames) for c in chunks]
+    return _spec(2 * num_frames, parts, visibility, positions)

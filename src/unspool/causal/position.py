@@ -76,9 +76,13 @@ class ReanchoredSink:
 
 @dataclass(frozen=True, kw_only=True)
 class Cyclic:
-    """The index modulo `length` (Ca2-VDM, arXiv:2411.16375 section 3.3): additive ids written into the hidden state."""
+    """The index modulo `length` (Ca2-VDM, arXiv:2411.16375 section 3.3): additive ids written into the hidden state.
+
+    `offset` turns all ids, as training does with clips of exactly `length` latent frames; generation leaves it 0.
+    """
 
     length: int
+    offset: int = 0
     moves_keys: bool = False
 
     def __post_init__(self) -> None:
@@ -86,7 +90,7 @@ class Cyclic:
             raise ValueError(f"length={self.length}: expected at least 1 cyclic position")
 
     def assign(self, segment: Segment, kept: FrameSet) -> tuple[list[int], list[int]]:
-        keys, own = [f % self.length for f in kept], [f % self.length for f in segment.frames]
+        keys, own = ([(f + self.offset) % self.length for f in frames] for frames in (kept, segment.frames))
         if len({*keys, *own}) < len(keys) + len(own):
             raise ValueError(
                 f"latent frames {kept} and {segment.frames} need distinct cyclic positions, but two of them meet at "

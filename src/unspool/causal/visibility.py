@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from unspool.causal.chunks import FrameSet
+
+Within: TypeAlias = Literal["full", "causal", "own", "none"]
+"""What a latent frame reads of its own chunk: all of it, itself and the frames before it, itself, or nothing of it."""
+
+MAIN = "self"
+"""The stream (`Site.stream`) that a visibility itself speaks of."""
 
 
 class Kind(Enum):
@@ -51,8 +57,8 @@ class Visibility(Protocol):
     """Which past latent frames a segment reads. Once a chunk has dropped a frame no later one may ask for it."""
 
     @property
-    def within(self) -> Literal["full", "causal"]:
-        """What a latent frame reads of its own chunk: all of it, or itself and the frames before it."""
+    def within(self) -> Within:
+        """What a latent frame reads of its own chunk."""
         ...
 
     def visible(self, segment: Segment) -> FrameSet:
@@ -77,11 +83,39 @@ class Bounded(Protocol):
     def sink_frames(self) -> FrameSet: ...
 
 
+@runtime_checkable
+class WithinBySegment(Protocol):
+    """What a visibility adds when passes of different kinds read their own chunk differently."""
+
+    def within_of(self, segment: Segment) -> Within: ...
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """What a visibility adds when one network has attentions that read different frames (`Site.stream`)."""
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams besides `MAIN`."""
+        ...
+
+    def stream(self, name: str) -> Visibility: ...
+
+
+@runtime_checkable
+class Padded(Protocol):
+    """What a visibility adds when its past always counts as `padded_to` latent frames: where fewer exist, the first is
+    read that many times more."""
+
+    @property
+    def padded_to(self) -> int: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Full:
     """Every past latent frame (CausVid, ViD-GPT): the cache grows with the stream."""
 
-    within: Literal["full", "causal"] = "full"
+    within: Within = "full"
 
     def visible(self, segment: Segment) -> FrameSet:
         return FrameSet.of((0, segment.frames.start))
@@ -94,14 +128,16 @@ class Window:
     A chunk [s, e) reads the sink and [e - (window - sink), s). `commit_window` gives commit-type passes (PREFILL,
     COMMIT, RECACHE) a reach of their own, and `commit_reads_sink=False` hides the sink from them (Commit Forcing;
     Rolling Forcing). `sink_start` is the first latent frame of the sink: 0 unless a prompt switch replaced it.
+    `commit_within` is what commit-type passes read of their own chunk (None: as `within`).
     """
 
     window: int
     sink: int = 0
-    within: Literal["full", "causal"] = "full"
+    within: Within = "full"
     commit_window: int | None = None
     commit_reads_sink: bool = True
     sink_start: int = 0
+    commit_within: Within | None = None
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.window < 1 or self.sink_start < 0:
@@ -125,6 +161,10 @@ class Window:
             return recent - self.sink_frames
         return recent | FrameSet.of((self.sink_start, min(self.sink_start + self.sink, start)))
 
+    def within_of(self, segment: Segment) -> Within:
+        is_commit = segment.kind is not Kind.DENOISE
+        return self.commit_within if is_commit and self.commit_within is not None else self.within
+
     @property
     def sink_frames(self) -> FrameSet:
         return FrameSet.of((self.sink_start, self.sink_start + self.sink))
@@ -144,8 +184,13 @@ class Since:
     keep: FrameSet = field(default_factory=FrameSet)
 
     @property
-    def within(self) -> Literal["full", "causal"]:
+    def within(self) -> Within:
         return self.base.within
+
+    def within_of(self, segment: Segment) -> Within:
+        within = within_of(self.base, segment)
+        # A frame whose past was forgotten reads itself: attention over nothing has no value.
+        return "own" if within == "none" and not len(self.visible(segment)) else within
 
     def visible(self, segment: Segment) -> FrameSet:
         reachable = self.keep | FrameSet.of((self.floor, segment.frames.start))
@@ -159,12 +204,60 @@ class Since:
     def sink_frames(self) -> FrameSet:
         return sink_of(self.base)
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return streams_of(self.base)
+
+    def stream(self, name: str) -> Visibility:
+        return replace(self, base=stream_of(self.base, name))
+
+    @property
+    def padded_to(self) -> int:
+        return self.base.padded_to if isinstance(self.base, Padded) else 0
+
 
 VISIBILITIES = {
     "full": "unspool.causal.visibility:Full",
     "window": "unspool.causal.visibility:Window",
     "since": "unspool.causal.visibility:Since",
+    "prefix_enhanced": "unspool.causal.prefix:PrefixEnhanced",
 }
+
+
+def within_of(visibility: Visibility, segment: Segment) -> Within:
+    """What a latent frame of `segment` reads of its own chunk."""
+    return visibility.within_of(segment) if isinstance(visibility, WithinBySegment) else visibility.within
+
+
+def own_reads(within: Within, count: int) -> list[tuple[range, range]]:
+    """Groups of queries among `count` own frames, in order, and the own frames that each group reads."""
+    if within == "full":
+        return [(range(count), range(count))]
+    if within == "none":
+        return [(range(count), range(0))]
+    return [(range(i, i + 1), range(0 if within == "causal" else i, i + 1)) for i in range(count)]
+
+
+def first_copies(visibility: Visibility, past: FrameSet) -> int:
+    """How many times more than once the first frame of `past` is read."""
+    return max(0, visibility.padded_to - len(past)) if isinstance(visibility, Padded) and len(past) else 0
+
+
+def streams_of(visibility: Visibility) -> tuple[str, ...]:
+    """The streams besides `MAIN` of which a visibility speaks."""
+    return visibility.streams if isinstance(visibility, Streamed) else ()
+
+
+def stream_of(visibility: Visibility, name: str) -> Visibility:
+    """What the attentions of stream `name` read. Raises ValueError where the visibility does not say."""
+    if name == MAIN:
+        return visibility
+    if not isinstance(visibility, Streamed) or name not in visibility.streams:
+        raise ValueError(
+            f"attention stream {name!r}: {visibility} speaks of {[MAIN, *streams_of(visibility)]} only; wrap it, for "
+            "prefix-enhanced attention as PrefixEnhanced(base=..., frames=...)"
+        )
+    return visibility.stream(name)
 
 
 def sink_of(visibility: Visibility) -> FrameSet:

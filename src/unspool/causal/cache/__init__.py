@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-CACHES = {"kv": "unspool.causal.cache.kv:KVCache"}
+CACHES = {"kv": "unspool.causal.cache.kv:KVCache", "streams": "unspool.causal.cache.streams:StreamCaches"}

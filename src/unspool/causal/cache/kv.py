@@ -18,7 +18,17 @@ from unspool.causal.cache.views import ADDED, FunctionalView, RingView, SegmentP
 from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Context, Site
 from unspool.causal.position import PositionPolicy
-from unspool.causal.visibility import Kind, Pass, Segment, Visibility, capacity_of, retained, sink_of
+from unspool.causal.visibility import (
+    Kind,
+    Pass,
+    Segment,
+    Visibility,
+    capacity_of,
+    first_copies,
+    retained,
+    sink_of,
+    within_of,
+)
 from unspool.ops.rope import Rope, rotate, table_dtype
 from unspool.ops.transfer import to_device
 
@@ -55,6 +65,11 @@ class KVCache:
                 f"{len(sites)} sites, batch={batch}, tokens_per_frame={tokens_per_frame}, "
                 f"block_frames={block_frames}: expected at least 1 of each"
             )
+        streams = {site.stream for site in sites}
+        if len(streams) > 1:
+            raise ValueError(
+                f"attention streams {sorted(streams)}: a KVCache keeps one; use the cache 'streams', which has one each"
+            )
         self.sites = {site.index: site for site in sites}
         self.batch = batch
         self.tokens_per_frame = tokens_per_frame
@@ -80,8 +95,12 @@ class KVCache:
     def tokens(self, site: Site) -> int:
         return self.tokens_per_frame if site.tokens_per_frame is None else site.tokens_per_frame
 
+    def rows(self, site: Site) -> int:
+        """Samples of attention at a site."""
+        return self.batch * (self.tokens_per_frame // self.tokens(site) if site.rows is None else site.rows)
+
     def allocate(self, site: Site, capacity: int) -> Entry:
-        rows = self.batch * site.rows
+        rows = self.rows(site)
 
         def zeros(frames: int) -> Tensor:
             # Stored head by head and seen as [rows, tokens, heads, d]: attention reads each head in one run (3 to 8 %).
@@ -185,7 +204,8 @@ class KVCache:
             assert isinstance(self._view, RingView)
             past, plan = self._past(segment), self._view.plan
             wanted, own = self.positions.assign(segment, past)
-            if past == plan.past and (tuple(wanted), tuple(own)) == (plan.wanted, plan.own):
+            same = (past, tuple(wanted), tuple(own)) == (plan.past, plan.wanted, plan.own)
+            if same and within_of(self.visibility, segment) == plan.within:
                 self._pass = segments
                 self._view.reopen()
                 return self._view
@@ -217,7 +237,8 @@ class KVCache:
         shifts = {f: w + shift - b for f, w, b in zip(past, wanted, held, strict=True) if w + shift != b}
         positions = [p + shift for p in own]
         baked.update(zip(segment.frames, positions, strict=True))
-        return SegmentPlan(segment, past, shifts, tuple(positions), tuple(own), tuple(wanted))
+        within, copies = within_of(self.visibility, segment), first_copies(self.visibility, past)
+        return SegmentPlan(segment, past, shifts, tuple(positions), tuple(own), tuple(wanted), within, copies)
 
     def _make_room(self, frames: int) -> None:
         short = frames - len(self.slots.free())
@@ -231,16 +252,20 @@ class KVCache:
 
         Gradients through promoted entries are cut unless `keep_graph`. Raises ValueError when nothing is staged.
         """
-        view = self._view
-        if view is None:
-            raise ValueError("promote(): no pass was begun since the last promote() or discard()")
-        view.check_complete()
+        view = self.check_complete()
         if isinstance(view, RingView):
             self.slots.promote()
         else:
             self._promote_functional(view, keep_graph)
         self._keep_masters()
         self._view = None
+
+    def check_complete(self) -> RingView | FunctionalView:
+        """The view of the last pass. Raises ValueError when nothing is staged, or not at every site."""
+        if self._view is None:
+            raise ValueError("promote(): no pass was begun since the last promote() or discard()")
+        self._view.check_complete()
+        return self._view
 
     def _promote_functional(self, view: FunctionalView, keep_graph: bool) -> None:
         chosen = [p for p in view.plans if p.segment.kind is not Kind.DENOISE] or list(view.plans)

@@ -59,7 +59,7 @@ def check(cache: KVCache, snapshot: Snapshot, visibility: Visibility | None = No
         )
     for index, site in cache.sites.items():
         shape = (
-            cache.batch * site.rows,
+            cache.rows(site),
             snapshot.facts["capacity"] * cache.tokens(site),
             site.heads,
             site.head_dim,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Site
-from unspool.causal.visibility import Segment
+from unspool.causal.visibility import Segment, Within, own_reads
 from unspool.ops.attention import sdpa
 from unspool.ops.compile import compiled
 from unspool.ops.rope import Rope, rotate, rotate_and_stage, table_dtype
@@ -37,7 +37,8 @@ class SegmentPlan:
     """What one segment reads and where it stands, in host integers.
 
     `past` frames read; `shifts` how far the rotated key of a past frame must still move; `positions` to which own keys
-    and queries are rotated; `own` and `wanted` the policy's own positions of segment and past.
+    and queries are rotated; `own` and `wanted` the policy's own positions of segment and past. `within` what is read of
+    the segment itself, `copies` how many times more than once the first past frame is read.
     """
 
     segment: Segment
@@ -46,6 +47,8 @@ class SegmentPlan:
     positions: tuple[int, ...]
     own: tuple[int, ...]
     wanted: tuple[int, ...]
+    within: Within
+    copies: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Piece:
 
 
 def _check_tokens(q: Tensor, frames: int, cache: KVCache, site: Site) -> None:
-    expected = (cache.batch * site.rows, frames * cache.tokens(site), site.heads, site.head_dim)
+    expected = (cache.rows(site), frames * cache.tokens(site), site.heads, site.head_dim)
     if tuple(q.shape) != expected:
         raise ValueError(
             f"attention {site.name or site.index}: got q of {tuple(q.shape)}, expected {expected} "
@@ -75,9 +78,11 @@ class RingView:
         frames = plan.segment.frames
         own = [cache.slots.staged[f] for f in frames]
         past = [cache.slots.promoted[f] for f in plan.past]
-        causal = cache.visibility.within == "causal"
-        groups = [(slice(i, i + 1), own[: i + 1]) for i in range(len(own))] if causal else [(slice(0, len(own)), own)]
-        self._pieces = [_piece(queries, sorted(past + seen)) for queries, seen in groups]
+        past = past[:1] * plan.copies + past
+        self._pieces = [
+            _piece(slice(queries.start, queries.stop), sorted(past + own[seen.start : seen.stop]))
+            for queries, seen in own_reads(plan.within, len(own))
+        ]
         self._own_slots = own
         self._index: dict[int, Tensor] = {}  # tokens per frame -> token slots written
         self._gather: dict[tuple[int, int], Tensor] = {}
@@ -236,13 +241,11 @@ class FunctionalView:
             shift = plan.shifts.get(frame, 0)
             if shift:
                 keys[i] = _shifted(keys[i], shift, rope)
-        count = len(plan.segment.frames)
-        causal = self.cache.visibility.within == "causal"
-        groups = [(i, i + 1) for i in range(count)] if causal else [(0, count)]
+        keys, values = keys[:1] * plan.copies + keys, values[:1] * plan.copies + values
         outputs = []
-        for first, last in groups:
-            own = slice(offset * n, (offset + last) * n)
-            queries = q[:, (offset + first) * n : (offset + last) * n]
+        for group, seen in own_reads(plan.within, len(plan.segment.frames)):
+            own = slice((offset + seen.start) * n, (offset + seen.stop) * n)
+            queries = q[:, (offset + group.start) * n : (offset + group.stop) * n]
             outputs.append(sdpa(queries, torch.cat([*keys, k[:, own]], 1), torch.cat([*values, v[:, own]], 1)))
         return outputs
 
