@@ -13,6 +13,7 @@ from torch import Tensor
 
 Latent: TypeAlias = Float[Tensor, "b t c h w"]
 Prediction: TypeAlias = Float[Tensor, "b t c h w"]
+WidePrediction: TypeAlias = Float[Tensor, "b t wide h w"]  # channels of a learned variance behind those of x
 Pixels: TypeAlias = Float[Tensor, "b f c y x"]
 Sigma: TypeAlias = Float[Tensor, "#b #t"]
 Tokens: TypeAlias = Float[Tensor, "b n heads d"]

@@ -97,7 +97,7 @@ class Branches:
         if any(s.kind.value != "denoise" for s in segments) and len(segments) == 1:
             return predictions[0][: self.batch]
         cond_part, uncond_part = predictions[0].chunk(2) if self.doubled else predictions
-        return combine(cond_part, uncond_part, self.guidance.scale)
+        return combine(cond_part, uncond_part, self.guidance.scale, channels=x.shape[2])
 
     def _conditioning(self, segments: Pass, prompts: Prompts, prompt_index: Tensor | None) -> Conditioning:
         if self.frame_conditions is None:

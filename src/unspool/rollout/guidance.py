@@ -43,15 +43,19 @@ class Guidance:
         return self.scale != 1.0
 
 
-def combine(cond: Prediction, uncond: Prediction, scale: float) -> Prediction:
+def combine(cond: Prediction, uncond: Prediction, scale: float, *, channels: int | None = None) -> Prediction:
     """`uncond + scale (cond - uncond)`, computed in at least float32, in the dtype of cond.
 
-    scale 1 returns cond itself and 0 returns uncond, bit for bit.
+    scale 1 returns cond itself and 0 returns uncond, bit for bit. Only the first `channels` are guided (None: all);
+    what lies behind them, a learned variance, is that of cond.
 
     Raises:
         ValueError: shapes differ, or scale is negative or not finite.
     """
     _check_scale(scale)
+    if channels is not None and channels < cond.shape[2] and scale != 1.0:
+        guided = combine(cond[:, :, :channels], uncond[:, :, :channels], scale)
+        return torch.cat([guided, cond[:, :, channels:]], dim=2)
     if cond.shape != uncond.shape:
         raise ValueError(
             f"got cond {tuple(cond.shape)} and uncond {tuple(uncond.shape)}, expected one shape; run both on the same x"

@@ -28,6 +28,7 @@ from unspool.rollout.noise import NoiseSource
 from unspool.rollout.prompts import MAX_BLEND, Moment, PromptTimeline, Switch
 from unspool.rollout.recache import CleanHistory, plan_recache
 from unspool.rollout.settings import Cancelled, Chunk, RolloutConfig
+from unspool.rollout.solvers.base import advance
 from unspool.rollout.state import base_of, put_back, take
 
 
@@ -242,7 +243,7 @@ class Rollout:
                 )
                 x0 = config.process.to_x0(x, prediction, step.sigma)
                 noise = partial(self._draw, frames, step.index + 1)  # drawn only where the solver asks for it
-                x, state = config.solver.step(x, x0, step.sigma, step.next_sigma, noise, state)
+                x, state = advance(config.solver, x, x0, prediction, step.sigma, step.next_sigma, noise, state)
             if step.next_sigma > 0.0:
                 yield
         return x

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-from unspool.shapes import Latent
+from unspool.shapes import Latent, WidePrediction
 
 SolverState: TypeAlias = tuple[tuple[float, Tensor], ...]
 """(sigma, tensor) of earlier steps, newest first; empty at the start of a chunk and in one-step solvers.
@@ -41,6 +41,43 @@ class Solver(Protocol):
             ValueError: not `0 <= next_sigma < sigma <= 1`, noise is missing, or the state is not of this chunk.
         """
         ...
+
+
+@runtime_checkable
+class ReadsPrediction(Protocol):
+    """A solver that takes more from the network than clean latents: its learned variance, say."""
+
+    def step(
+        self,
+        x: Latent,
+        x0: Latent,
+        sigma: float,
+        next_sigma: float,
+        noise: Noise,
+        state: SolverState,
+        *,
+        prediction: WidePrediction | None = None,
+    ) -> tuple[Latent, SolverState]:
+        """As `Solver.step`; `prediction` is what the network gave at (x, sigma), None where nobody knows."""
+        ...
+
+    reads_prediction: ClassVar[bool]
+
+
+def advance(
+    solver: Solver,
+    x: Latent,
+    x0: Latent,
+    prediction: WidePrediction,
+    sigma: float,
+    next_sigma: float,
+    noise: Noise,
+    state: SolverState,
+) -> tuple[Latent, SolverState]:
+    """One move of any solver, with the prediction for those that read it."""
+    if isinstance(solver, ReadsPrediction):
+        return solver.step(x, x0, sigma, next_sigma, noise, state, prediction=prediction)
+    return solver.step(x, x0, sigma, next_sigma, noise, state)
 
 
 def check_move(sigma: float, next_sigma: float) -> None:
