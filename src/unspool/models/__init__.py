@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-BACKBONES = {"wan": "unspool.models.wan.network:WanTransformer"}
+BACKBONES = {
+    "wan": "unspool.models.wan.network:WanTransformer",
+    "stdit": "unspool.models.stdit.network:STDiT",
+}

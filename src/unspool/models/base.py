@@ -42,11 +42,13 @@ class Text:
 class Prompts:
     """All that a network can compute from the prompts alone: keys and values of every cross-attention.
 
-    `keys`, `values` per layer [b, prompts, rows, heads, head_dim].
+    `keys`, `values` per layer [b, prompts, rows, heads, head_dim]; `mask` [b, prompts, rows] is True where a row is
+    read (None: all are).
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    mask: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -60,10 +62,17 @@ class Prompts:
     def join(parts: list[Prompts], dim: int) -> Prompts:
         """Concatenate along the batch (0) or along the prompts (1)."""
         layers = range(len(parts[0].keys))
+        masks = [_rows_read(part) for part in parts] if any(p.mask is not None for p in parts) else []
         return Prompts(
+            mask=torch.cat(masks, dim) if masks else None,
             keys=tuple(torch.cat([p.keys[i] for p in parts], dim) for i in layers),
             values=tuple(torch.cat([p.values[i] for p in parts], dim) for i in layers),
         )
+
+
+def _rows_read(prompts: Prompts) -> Tensor:
+    shape = prompts.keys[0].shape[:3]
+    return torch.ones(shape, dtype=torch.bool, device=prompts.keys[0].device) if prompts.mask is None else prompts.mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +118,10 @@ class Backbone(Protocol):
     def prepare(self, text: Text) -> Prompts: ...
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning, context: Context) -> Tensor:
-        """Prediction [b, t, c, h, w] for latents `x` [b, t, c, h, w] at noise levels `sigma` [b|1, t|1]."""
+        """Prediction [b, t, c, h, w] for latents `x` [b, t, c, h, w] at noise levels `sigma` [b|1, t|1].
+
+        With a learned variance its fraction takes c further channels; the process knows.
+        """
         ...
 
 

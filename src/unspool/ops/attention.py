@@ -20,7 +20,8 @@ _EXPLICIT_SCORES, _SLICE_SCORES = 2**20, 2**14
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of q [b, n, heads, d] over k, v [b, m, heads, d]; `mask` [n, m] is True where q reads k.
+    """Softmax attention of q [b, n, heads, d] over k, v [b, m, heads, d]; `mask` [n, m] is True where q reads k, or
+    whatever broadcasts to [b, heads, n, m].
 
     Training on a CPU takes `explicit` for short sequences: the backward pass of torch's CPU flash kernel is slow there.
     """

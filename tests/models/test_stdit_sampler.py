@@ -1,0 +1,88 @@
+"""The whole sampler of Ca2-VDM: given frames, cached chunks, ancestral steps with learned variance, guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from stdit_tiny import masked, part, recorded, swap
+from torch import Tensor
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.position import Absolute, Cyclic
+from unspool.causal.prefix import PrefixEnhanced
+from unspool.causal.visibility import Window
+from unspool.diffusion.iddpm import IDDPM
+from unspool.rollout.guidance import Guidance
+from unspool.rollout.noise import RecordedNoise
+from unspool.rollout.rollout import Rollout
+from unspool.rollout.settings import RolloutConfig
+from unspool.rollout.solvers.ancestral import Ancestral
+
+TOLERANCE = 1e-4  # stated, for tables in float64
+Golden = Callable[[str], dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def stream_of(name: str, golden: Golden, facts: dict[str, Any], **changed: Any) -> tuple[Rollout, dict[str, Tensor]]:
+    """A rollout of a recorded sampler; `changed` settings of it."""
+    case, network = part(golden("ca2vdm_cases"), name), recorded(golden, facts["features"])
+    process = IDDPM(predicts="x0")
+    given = case["given"].shape[2]
+    settings: dict[str, Any] = dict(
+        plan=ChunkPlan(chunk=8, first=given, num_frames=case["final"].shape[2]),
+        schedule=process.schedule(facts["steps"]),
+        visibility=PrefixEnhanced(base=Window(window=33, within="causal"), frames=3),
+        positions=Cyclic(length=33),
+        process=process,
+        solver=Ancestral(process=process),
+        guidance=Guidance(scale=3.0) if "caption" in case else Guidance(),
+    )
+    # [chunks, ..., b, c, l, h, w] -> [..., b, frames, c, h, w]; the noise of the last step is not used
+    first = torch.cat([swap(chunk) for chunk in case["init_noise"]], dim=1)
+    later = torch.cat(list(case["step_noise"].transpose(-4, -3)), dim=-4)[:-1]
+    text, negative = torch.ones(1, 1, 1), None
+    if "caption" in case:
+        text, negative = (masked(case[key], case["caption_mask"]) for key in ("caption", "null_caption"))
+    stream = Rollout(
+        network,
+        RolloutConfig(**{**settings, **changed}),
+        text,
+        negative=negative,
+        noise=RecordedNoise(first, later, first_frame=given),
+        latent_size=(4, 6),
+        prefix=swap(case["given"]),
+        cache="streams",
+    )
+    return stream, case
+
+
+@pytest.mark.parametrize("commit", ["separate", "fused"])
+@pytest.mark.parametrize("name", ["sampler", "sampler_plain", "sampler_text_guided"])
+def test_sampler(name: str, commit: str, golden: Golden, golden_json: Callable[[str], Any]) -> None:
+    """Through eviction; a commit in one forward with the next chunk's first step gives the same."""
+    facts = golden_json("ca2vdm_config")["cases"][name]
+    stream, case = stream_of(name, golden, facts, commit=commit)
+    assert [stream.config.process.timestep(s.sigma) for s in stream.config.schedule.steps] == [
+        float(t) for t in reversed(facts["timestep_map"])
+    ]
+    got = swap(torch.cat([chunk.latents for chunk in stream], dim=1))
+    want = case["final_exact"][:, :, case["given"].shape[2] :]
+    assert want.std() > 0.5
+    assert (got - want).abs().max() <= TOLERANCE
+
+
+def test_positions_that_do_not_turn_give_another_result(golden: Golden, golden_json: Callable[[str], Any]) -> None:
+    """The test above would notice: until the ids wrap nothing differs, then all does."""
+    facts = golden_json("ca2vdm_config")["cases"]["sampler_plain"]
+    stream, case = stream_of("sampler_plain", golden, facts, positions=Absolute())
+    got = swap(torch.cat([chunk.latents for chunk in stream], dim=1))
+    worst = (got - case["final_exact"][:, :, 1:]).abs().amax((0, 1, 3, 4))
+    assert worst[:32].max() <= TOLERANCE and worst[32:].min() > 1e-3
