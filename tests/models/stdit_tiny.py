@@ -58,10 +58,10 @@ def recorded(golden: Golden, features: dict[str, Any]) -> STDiT:
 
 
 def randomised(config: STDiTConfig, dtype: torch.dtype = torch.float64, seed: int = 0) -> STDiT:
-    """A network in which every parameter is random: no error can hide behind a zero."""
+    """A network in which all is random, and the same for a seed: no error can hide behind a zero."""
     network = STDiT(config)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
+    for parameter in (*network.parameters(), *network.buffers()):
         noise = torch.randn(parameter.shape, generator=generator)
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
         parameter.data = noise * (0.3 if parameter.ndim == 1 or fan_in < 2 else fan_in**-0.5)

@@ -60,6 +60,14 @@ class Piece:
     slots: tuple[int, ...]
 
 
+def _added(plans: list[SegmentPlan]) -> Tensor:
+    """Positions of the queries [t]. Raises ValueError where past keys stand elsewhere than when they were written: a
+    rotation takes that back or moves the queries along, what was added to a hidden state cannot follow."""
+    if any(plan.shifts or plan.positions != plan.own for plan in plans):
+        raise ValueError(ADDED)
+    return torch.tensor([p for plan in plans for p in plan.own])
+
+
 def _check_tokens(q: Tensor, frames: int, cache: KVCache, site: Site) -> None:
     expected = (cache.rows(site), frames * cache.tokens(site), site.heads, site.head_dim)
     if tuple(q.shape) != expected:
@@ -92,7 +100,7 @@ class RingView:
 
     @property
     def positions(self) -> Tensor:
-        return torch.tensor(self.plan.own)
+        return _added([self.plan])
 
     def reopen(self) -> None:
         """Serve another pass over the same frames."""
@@ -175,7 +183,7 @@ class FunctionalView:
 
     @property
     def positions(self) -> Tensor:
-        return torch.tensor([p for plan in self.plans for p in plan.own])
+        return _added(self.plans)
 
     def check_complete(self) -> None:
         missing = set(self.cache.sites) - set(self._staged)

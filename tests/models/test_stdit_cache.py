@@ -1,0 +1,277 @@
+"""The cache of STDiT against one forward over all frames, through eviction and the wrap of cyclic positions.
+
+Two expectations: the library's own training mask, and attention written out here from the published rule: frame i reads
+j <= i with j >= start of its chunk - Pmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stdit_tiny import SIZES, randomised, sees
+from torch import Tensor
+
+from unspool.causal.cache.streams import StreamCaches
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.context import FullSequence, Site
+from unspool.causal.mask import teacher_forcing_mask
+from unspool.causal.position import Cyclic, PositionPolicy, WindowRelative
+from unspool.causal.prefix import JOINT
+from unspool.causal.visibility import MAIN, Kind, Segment, Visibility, Window
+from unspool.diffusion.iddpm import IDDPM
+from unspool.models.base import Conditioning
+from unspool.models.stdit.config import STDiTConfig
+from unspool.models.stdit.network import STDiT
+from unspool.ops.rope import Rope
+from unspool.rollout.noise import CounterNoise
+from unspool.rollout.prompts import PromptTimeline, Switch
+from unspool.rollout.rollout import Rollout
+from unspool.rollout.settings import RolloutConfig
+from unspool.rollout.solvers.ancestral import Ancestral
+
+BOUND = 1e-9
+SMALL: dict[str, Any] = dict(dim=24, num_layers=3, num_heads=2, freq_dim=32)
+SIZE = (2, 4)  # latents; two tokens a frame
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class ByHand:
+    """One sequence, attention as boolean tables written out from the rule; no mask of the library."""
+
+    def __init__(self, frames: int, clean: int, chunk: int, first: int, pmax: int, prefix: int, length: int) -> None:
+        self.positions = torch.arange(frames) % length
+        starts = torch.tensor([0 if i < first else first + (i - first) // chunk * chunk for i in range(frames)])
+        i, j = torch.arange(frames)[:, None], torch.arange(frames)[None]
+        self.temporal = ((j <= i) & (j >= starts[:, None] - pmax)).double()
+        own = (i == j).double()
+        copies = torch.zeros(frames, frames, dtype=torch.float64)
+        for n in range(1, prefix + 1):
+            for row in range(clean, frames):
+                copies[row, max(0, int(starts[row]) - n)] += 1
+        noisy = (i >= clean).double()
+        self.joint = own + noisy * copies
+        self.separate = own * (1 - noisy) + noisy * copies
+
+    def attend(self, site: Site, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None) -> Tensor:
+        table = self.temporal if site.stream == MAIN else self.joint if site.stream == JOINT else self.separate
+        n = q.shape[1] // len(table)
+        weights = table.repeat_interleave(n, 0).repeat_interleave(n, 1).log()
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5 + weights
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
+class Clip:
+    """Clean and noisy latents of a stream, a level per chunk, and the network's answers from its cache."""
+
+    def __init__(self, network: STDiT, plan: ChunkPlan, num_chunks: int, batch: int = 1, text: bool = False) -> None:
+        self.network, self.plan = network, plan
+        self.chunks = [plan.frames(i) for i in range(num_chunks)]
+        self.total = self.chunks[-1].stop
+        shape = (batch, self.total, network.config.in_channels, *SIZE)
+        generator = torch.Generator().manual_seed(1)
+        self.clean, self.noisy = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        self.levels = [float(torch.randint(1, 1001, (1,), generator=generator)) / 1000 for _ in self.chunks]
+        states = torch.randn(batch, 4, network.config.caption_dim or 1, generator=generator, dtype=torch.float64)
+        states[:, 2:] = 0 if text else states[:, 2:]
+        self.cond = Conditioning(prompts=network.prepare(states))
+
+    def run(self, x: Tensor, sigma: list[float], context: Any) -> Tensor:
+        return self.network(x, torch.tensor([sigma], dtype=torch.float64), self.cond, context)
+
+    def cached(self, visibility: Visibility, positions: PositionPolicy) -> list[Tensor]:
+        """Per chunk a denoising pass, twice at different levels (the second must not feel the first), and a commit."""
+        cache = StreamCaches(
+            self.network.sites,
+            batch=len(self.clean),
+            tokens_per_frame=self.network.tokens_per_frame(*SIZE),
+            visibility=visibility,
+            positions=positions,
+            dtype=torch.float64,
+        )
+        outputs = []
+        for frames, level in zip(self.chunks, self.levels, strict=True):
+            own = slice(frames.start, frames.stop)
+            for told, x in ((1.0, self.clean), (level, self.noisy)):
+                context = cache.begin((Segment(kind=Kind.DENOISE, frames=frames),))
+                out = self.run(x[:, own], [told] * len(frames), context)
+            outputs.append(out)
+            self.run(self.clean[:, own], [0.0] * len(frames), cache.begin((Segment(kind=Kind.COMMIT, frames=frames),)))
+            cache.promote()
+        return outputs
+
+    def by_hand(self, index: int, pmax: int, prefix: int, length: int) -> Tensor:
+        """One forward over all frames up to chunk `index`, which alone is noisy."""
+        frames = self.chunks[index]
+        x = torch.cat([self.clean[:, : frames.start], self.noisy[:, frames.start : frames.stop]], 1)
+        context = ByHand(frames.stop, frames.start, self.plan.chunk, self.plan.lead, pmax, prefix, length)
+        levels = [0.0] * frames.start + [self.levels[index]] * len(frames)
+        return self.run(x, levels, context)[:, frames.start :]
+
+    def masked(self, visibility: Visibility, positions: PositionPolicy) -> Tensor:
+        """One forward over [clean | noisy] under the training mask."""
+        mask = teacher_forcing_mask(self.plan, self.total, visibility, positions)
+        levels = [level for frames, level in zip(self.chunks, self.levels, strict=True) for _ in frames]
+        x = torch.cat([self.clean, self.noisy], 1)
+        return self.run(x, [0.0] * self.total + levels, FullSequence(2 * self.total, mask))[:, self.total :]
+
+
+def worst(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape and want.std() > 0.1
+    return float((got - want).abs().max() / want.std())
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mask": dict(mask_channel=True),
+    "joint": dict(prefix_attention="joint", mask_channel=True),
+    "separate": dict(prefix_attention="separate", mask_channel=True),
+    "text": dict(prefix_attention="joint", caption_dim=6, caption_len=4),
+    "velocity": dict(prefix_attention="separate", process="flow", learned_variance=False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cached_equals_one_forward_over_all_frames(form: str) -> None:
+    """Ten chunks of 3 after one given frame, Pmax 7, 10 positions: evicted from the fourth on, wrapped three times."""
+    clip = Clip(
+        randomised(STDiTConfig(**SMALL, **FORMS[form])), ChunkPlan(chunk=3, first=1), 11, 2, text=form == "text"
+    )
+    visibility, positions = sees(chunk=3, pmax=7, prefix=2), Cyclic(length=10)
+    got = clip.cached(visibility, positions)
+    assert worst(torch.cat(got, 1), clip.masked(visibility, positions)) <= BOUND
+    for index in range(1, 11):
+        assert worst(got[index], clip.by_hand(index, 7, 2, 10)) <= BOUND
+
+
+def test_a_chunk_that_sees_itself_whole() -> None:
+    """Block-causal inside the chunk; commits stay causal."""
+    clip = Clip(randomised(STDiTConfig(**SMALL, **FORMS["joint"])), ChunkPlan(chunk=3, first=1), 10)
+    positions, full = Cyclic(length=10), sees(chunk=3, pmax=7, prefix=2, within="full")
+    got = torch.cat(clip.cached(full, positions), 1)
+    assert worst(got, clip.masked(full, positions)) <= BOUND
+    assert worst(got, clip.masked(sees(chunk=3, pmax=7, prefix=2), positions)) > 1e-3
+
+
+def test_encoding_the_last_frames_again_is_something_else() -> None:
+    """Keys that survive remember through depth what was evicted, so a window encoded anew differs; with one layer
+    there is nothing to remember."""
+    pmax, plan = 7, ChunkPlan(chunk=3, first=1)
+    for layers in (1, 3):
+        config = STDiTConfig(**{**SMALL, "num_layers": layers})
+        clip = Clip(randomised(config), plan, 9)
+        got = clip.cached(sees(chunk=3, pmax=pmax, prefix=None), Cyclic(length=10))
+        for index, frames in enumerate(clip.chunks):
+            begin = max(0, frames.start - pmax)
+            x = torch.cat([clip.clean[:, begin : frames.start], clip.noisy[:, frames.start : frames.stop]], 1)
+            levels = [0.0] * (frames.start - begin) + [clip.levels[index]] * len(frames)
+            context = ByHand(frames.stop - begin, frames.start - begin, 3, 1, 10**6, 1, 10)
+            context.positions = torch.arange(begin, frames.stop) % 10
+            again = worst(got[index], clip.run(x, levels, context)[:, frames.start - begin :])
+            assert again > 1e-2 if layers > 1 and begin > 0 else again <= BOUND
+
+
+def test_positions_that_turn_are_not_positions_that_start_anew() -> None:
+    """A constant shift of additive positions is no invariance: the same clip elsewhere on the circle differs."""
+    clip = Clip(randomised(STDiTConfig(**SMALL)), ChunkPlan(chunk=3, first=1), 3)
+    visibility = sees(chunk=3, pmax=7, prefix=None)
+    here, there = (clip.masked(visibility, Cyclic(length=10, offset=offset)) for offset in (0, 4))
+    assert worst(here, there) > 1e-2
+    assert worst(here, clip.masked(visibility, Cyclic(length=10, offset=10))) <= BOUND
+
+
+@given(
+    chunk=st.integers(1, 4),
+    first=st.integers(1, 4),
+    room=st.integers(0, 5),
+    spare=st.integers(0, 3),
+    prefix=st.integers(1, 4),
+    form=st.sampled_from(["plain", "joint", "separate"]),
+)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_any_sizes(chunk: int, first: int, room: int, spare: int, prefix: int, form: str) -> None:
+    """Windows that are no multiples, prefixes longer than a chunk or than what was given, positions to spare."""
+    pmax = max(first, prefix) + room
+    plan = ChunkPlan(chunk=chunk, first=first)
+    network = randomised(STDiTConfig(**{**SMALL, "num_layers": 2}, **FORMS[form]))
+    length = pmax + max(chunk, first) + spare
+    clip = Clip(network, plan, 9)
+    visibility = sees(chunk=chunk, pmax=pmax, prefix=prefix)
+    got = clip.cached(visibility, Cyclic(length=length))
+    assert worst(torch.cat(got, 1), clip.masked(visibility, Cyclic(length=length))) <= BOUND
+    assert worst(got[-1], clip.by_hand(8, pmax, prefix, length)) <= BOUND
+
+
+# ---- rollouts -------------------------------------------------------------------------------------------------------
+
+
+def stream(form: str = "separate", switches: list[Switch] | None = None, **changed: Any) -> Rollout:
+    network = randomised(STDiTConfig(**SMALL, **FORMS[form]))
+    process = IDDPM(predicts="x0")  # a random network that predicts noise has no bounded output
+    values: dict[str, Any] = dict(
+        plan=ChunkPlan(chunk=3, first=1, num_frames=25),
+        schedule=process.schedule(3),
+        visibility=sees(chunk=3, pmax=7, prefix=2),
+        positions=Cyclic(length=10),
+        process=process,
+        solver=Ancestral(process=process),
+    )
+    generator = torch.Generator().manual_seed(4)
+    text = torch.randn(1, 4, network.config.caption_dim or 1, generator=generator)
+    given = torch.randn(1, 1, 4, *SIZE, generator=generator)
+    return Rollout(
+        network, RolloutConfig(**{**values, **changed}), PromptTimeline(text, switches or []),
+        noise=CounterNoise(seed=3), latent_size=SIZE, prefix=given, cache="streams",
+    )  # fmt: skip
+
+
+def frames_of(rollout: Rollout) -> Tensor:
+    return torch.cat([chunk.latents for chunk in rollout], 1)
+
+
+def test_a_stream_goes_on_from_a_snapshot_bit_for_bit() -> None:
+    first = stream()
+    for _ in range(5):
+        first.next_chunk()
+    second = stream()
+    second.restore(first.snapshot())
+    assert torch.equal(frames_of(first), frames_of(second))
+
+
+@pytest.mark.parametrize("policy", ["flush", "recache"])
+def test_a_switch_of_the_prompt_reaches_the_prefix_too(policy: Any) -> None:
+    other = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(8))
+    before = frames_of(stream("text"))
+    after = frames_of(stream("text", [Switch(frame=13, text=other, policy=policy)]))
+    assert torch.equal(before[:, :12], after[:, :12]) and after.isfinite().all()
+    assert (before[:, 12:] - after[:, 12:]).abs().amax((0, 2, 3, 4)).min() > 1e-3
+
+
+def test_bytes_do_not_grow() -> None:
+    rollout, sizes = stream(plan=ChunkPlan(chunk=3, first=1, num_frames=61)), []
+    for _ in rollout:
+        sizes.append(rollout.num_bytes)
+    assert len(sizes) == 20 and len(set(sizes[3:])) == 1
+
+
+def test_what_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="two of them meet"):
+        frames_of(stream(positions=Cyclic(length=9)))
+    with pytest.raises(ValueError, match="cannot be moved"):
+        frames_of(stream(positions=WindowRelative()))
+    with pytest.raises(ValueError, match="PrefixEnhanced"):
+        stream(visibility=Window(window=10))
+    with pytest.raises(ValueError, match="'streams'"):
+        network = randomised(STDiTConfig(**SIZES, prefix_attention="joint"))
+        Rollout(
+            network, stream().config, torch.ones(1, 1, 1), noise=CounterNoise(seed=0), latent_size=SIZE
+        )  # fmt: skip
