@@ -256,6 +256,20 @@ def test_a_switch_of_the_prompt_reaches_the_prefix_too(policy: Any) -> None:
     assert (before[:, 12:] - after[:, 12:]).abs().amax((0, 2, 3, 4)).min() > 1e-3
 
 
+def test_noise_of_a_commit_is_the_same_whenever_it_runs() -> None:
+    """Separate, in one forward with the next chunk, from a snapshot; and it matters."""
+    noisy = dict(commit_noise=0.051)
+    want = frames_of(stream(**noisy))
+    torch.testing.assert_close(frames_of(stream(**noisy, commit="fused")), want, rtol=0, atol=1e-9)
+    first, second = stream(**noisy), stream(**noisy)
+    early = [first.next_chunk().latents for _ in range(4)]
+    second.restore(first.snapshot())
+    assert torch.equal(torch.cat([*early, frames_of(second)], 1), want)
+    assert (frames_of(stream()) - want).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="no commit to be noised"):
+        stream(**noisy, commit="none")
+
+
 def test_bytes_do_not_grow() -> None:
     rollout, sizes = stream(plan=ChunkPlan(chunk=3, first=1, num_frames=61)), []
     for _ in rollout:

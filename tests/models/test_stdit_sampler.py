@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,6 +78,27 @@ def test_sampler(name: str, commit: str, golden: Golden, golden_json: Callable[[
     want = case["final_exact"][:, :, case["given"].shape[2] :]
     assert want.std() > 0.5
     assert (got - want).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("commit", ["separate", "fused"])
+def test_a_noised_commit(commit: str, golden: Golden, golden_json: Callable[[str], Any]) -> None:
+    """Given and finished latents are noised for their commit, are told to be clean, and are handed out clean."""
+    facts = golden_json("ca2vdm_config")["cases"]["sampler_prefix_noise"]
+    stream, case = stream_of("sampler_prefix_noise", golden, facts)
+    nothing = torch.zeros_like(swap(case["given"]))
+    commits = [swap(case["prefix_noise_given"]), *(swap(noise) for noise in case["prefix_noise_commit"])]
+    initial = torch.cat([nothing, stream.noise.initial], 1)  # type: ignore[attr-defined]
+    steps = [torch.cat([nothing, noise], 1) for noise in stream.noise.renoise]  # type: ignore[attr-defined]
+    noise = RecordedNoise(initial, torch.stack([*steps, torch.cat(commits, 1)]))
+    outs = []
+    for level in (0.0, (facts["effective_timestep"] + 1) / 1000):
+        config = replace(stream.config, commit_noise=level, commit=commit)
+        noised = Rollout(
+            stream.backbone, config, torch.ones(1, 1, 1), noise=noise, latent_size=(4, 6), prefix=swap(case["given"]),
+            cache="streams",
+        )  # fmt: skip
+        outs.append(swap(torch.cat([chunk.latents for chunk in noised], dim=1)) - case["final_exact"][:, :, 1:])
+    assert outs[1].abs().max() <= TOLERANCE and outs[0].abs().max() > 1e-2
 
 
 def test_positions_that_do_not_turn_give_another_result(golden: Golden, golden_json: Callable[[str], Any]) -> None:

@@ -204,7 +204,8 @@ class Rollout:
         wants = self._wants_grad(index, self.config.schedule_of(index).num_steps)
         with self._grad_mode(wants):
             prompts = self.branches.prompts(moment)
-            self.branches.run((segment,), self._tail, self._sigma(self.config.sigma_commit), prompts)
+            latents = self._to_commit(frames, self._tail)
+            self.branches.run((segment,), latents, self._sigma(self.config.sigma_commit), prompts)
             self.branches.promote(keep_graph=wants)
         self._pending, self._tail = None, None
         return True
@@ -267,7 +268,7 @@ class Rollout:
         if old is not prompts:
             joined = [Prompts.join([a, b], 1) for a, b in zip(old, prompts, strict=True)]
             which = torch.tensor([[0] * len(before) + [1] * len(segment.frames)])
-        latents = torch.cat([self._tail, x], dim=1)
+        latents = torch.cat([self._to_commit(before, self._tail), x], dim=1)
         prediction = self.branches.run((commit, segment), latents, sigma, joined, which)
         self.branches.promote()
         self._pending, self._tail = None, None
@@ -276,6 +277,13 @@ class Rollout:
 
     def _draw(self, frames: range, step: int) -> Tensor:
         return self.noise.draw(frames, step, self.shape, self.dtype, self.device)
+
+    def _to_commit(self, frames: range, latents: Tensor) -> Tensor:
+        """What a commit pass sees of clean latents: every time the same."""
+        level = self.config.commit_noise
+        if level == 0.0:
+            return latents
+        return self.config.process.add_noise(latents, self._draw(frames, self.config.commit_step), level)
 
     def _sigma(self, sigma: float) -> Tensor:
         if sigma not in self._sigmas:
@@ -316,7 +324,7 @@ class Rollout:
             each.drop(plan.forget)
         prompts = self.branches.prompts(moment)
         for segments in plan.passes:
-            latents = torch.cat([self.history.take(s.frames) for s in segments], dim=1)
+            latents = torch.cat([self._to_commit(s.frames, self.history.take(s.frames)) for s in segments], dim=1)
             self.branches.run(segments, latents, self._sigma(self.config.sigma_commit), prompts)
             self.branches.promote()
 
@@ -357,7 +365,8 @@ class Rollout:
                 segment = Segment(kind=Kind.PREFILL, frames=frames, sigma=self.config.sigma_commit)
                 prompts = self.branches.prompts(moment)
                 self._check_cancel()
-                self.branches.run((segment,), latents, self._sigma(self.config.sigma_commit), prompts)
+                seen = self._to_commit(frames, latents)
+                self.branches.run((segment,), seen, self._sigma(self.config.sigma_commit), prompts)
                 self.branches.promote()
                 self.history.add(frames, latents.clone())
                 self.index += 1

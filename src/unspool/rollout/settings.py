@@ -29,8 +29,10 @@ class RolloutConfig:
 
     Fields: `plan` chunks; `schedule` denoising levels of every chunk, `first_schedule` of chunk 0 where it differs
     (None: the same); `visibility`, `positions`; `solver`, `guidance`, `process`; `sigma_commit` noise level told at
-    the commit pass (the latents stay clean); `commit`: "separate" (steps + 1 forwards a chunk), "fused" (in one
-    forward with the next chunk's first step: steps forwards), "none" (the last step's K/V are kept: steps forwards).
+    the commit pass (the latents stay clean); `commit_noise` level to which the latents of a commit are noised, which
+    is told `sigma_commit` all the same, while those handed out stay clean (Ca2-VDM's code); `commit`: "separate"
+    (steps + 1 forwards a chunk), "fused" (in one forward with the next chunk's first step: steps forwards), "none"
+    (the last step's K/V are kept: steps forwards).
     """
 
     plan: ChunkPlan
@@ -42,6 +44,7 @@ class RolloutConfig:
     process: Process = field(default_factory=FlowMatching)
     first_schedule: Schedule | None = None
     sigma_commit: float = 0.0
+    commit_noise: float = 0.0
     commit: Literal["separate", "fused", "none"] = "separate"
 
     def __post_init__(self) -> None:
@@ -68,13 +71,24 @@ class RolloutConfig:
                     f"schedule starts at sigma {schedule.sigmas[0]}: a rollout begins with pure noise, sigma 1.0; "
                     "starting lower needs an input video"
                 )
-        if not 0.0 <= self.sigma_commit <= 1.0:
-            raise ValueError(f"sigma_commit={self.sigma_commit}: expected a noise level in [0, 1], 0 for clean")
+        for name, level in (("sigma_commit", self.sigma_commit), ("commit_noise", self.commit_noise)):
+            if not 0.0 <= level <= 1.0:
+                raise ValueError(f"{name}={level}: expected a noise level in [0, 1], 0 for clean")
         if self.commit not in ("separate", "fused", "none"):
             raise ValueError(f"commit={self.commit!r}: expected 'separate', 'fused' or 'none'")
+        if self.commit_noise and self.commit == "none":
+            raise ValueError(
+                f"commit_noise={self.commit_noise} with commit='none': there is no commit to be noised; use 0"
+            )
 
     def schedule_of(self, chunk: int) -> Schedule:
         return self.first_schedule if chunk == 0 and self.first_schedule is not None else self.schedule
+
+    @property
+    def commit_step(self) -> int:
+        """The number under which a noise source is asked for `commit_noise`: after those of all denoising steps."""
+        first = self.first_schedule or self.schedule
+        return max(self.schedule.num_steps, first.num_steps)
 
     @property
     def fingerprint(self) -> str:

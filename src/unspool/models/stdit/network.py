@@ -80,9 +80,9 @@ class STDiT(nn.Module):
         for name, module in self.named_modules():
             is_added = name.endswith(("attn_temp.proj", "attn_cf.proj", "cross_attn.proj"))
             if is_added or name == "final_layer.linear":
-                nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+                nn.init.zeros_(module.weight)
             if name.endswith("attn_temp_pre_merge"):
-                nn.init.eye_(module.weight)  # type: ignore[arg-type]  # [I | 0]: the mask changes nothing yet
+                nn.init.eye_(module.weight)  # [I | 0]: the mask changes nothing yet
 
     # ---- what caches and rollouts ask --------------------------------------------------------------------------
 
