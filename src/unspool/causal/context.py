@@ -117,7 +117,9 @@ class FullSequence:
                 )
             return sdpa(q, k, v)
         mask = self.mask.stream(site.stream)
-        if self.backend == "dense":
+        # With one token a frame (attention over time alone) one call under a small mask beats one call per block.
+        is_small = tokens == 1 and (rope is None or self._fixed is not None) and not mask.has_copies
+        if self.backend == "dense" or (self.backend == "slices" and is_small):
             return sdpa(q, k, v, self._compiled(mask.dense, site.stream, tokens, q.device))
         if self.backend == "flex":
             return flex(q, k, v, self._compiled(mask.flex, site.stream, tokens, q.device))

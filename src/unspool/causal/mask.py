@@ -104,8 +104,13 @@ class MaskSpec:
 
         return create_block_mask(reads, None, None, n, n, device=device)
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether a key frame is read several times by one query, which no boolean mask can say."""
+        return any(block.copies for block in self.blocks)
+
     def _check_single(self) -> None:
-        if any(block.copies for block in self.blocks):
+        if self.has_copies:
             raise ValueError(
                 "a past shorter than the prefix is read several times, which no boolean mask can say; use "
                 "backend='slices', or a first chunk of at least as many latent frames"

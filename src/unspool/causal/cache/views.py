@@ -29,6 +29,7 @@ ADDED = (
     "these positions move keys after they were written, but this network adds positions to its hidden state and does "
     "not rotate keys, so they cannot be moved; use positions that stay: Absolute or Cyclic"
 )
+_ALL = -1  # number of the piece of all slots, beside those of the groups
 OVER = "this view is over: its cache has begun, promoted or discarded a pass since; use the view of the last begin()"
 
 
@@ -92,6 +93,11 @@ class RingView:
             for queries, seen in own_reads(plan.within, len(own))
         ]
         self._own_slots = own
+        # Attention over time alone has one token a frame: one call under a small mask is several times as fast as one
+        # call per group, which besides has to gather its keys once the window is full (43 times, on a CPU).
+        every = sorted(past + own)
+        self._whole = _piece(slice(0, len(own)), every)
+        self._single = None if len(self._pieces) == 1 or plan.copies else _reads(self._pieces, every, cache.device)
         self._index: dict[int, Tensor] = {}  # tokens per frame -> token slots written
         self._gather: dict[tuple[int, int], Tensor] = {}
         self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
@@ -128,6 +134,8 @@ class RingView:
             cos, sin = self._table(rope)
             q = self._stage(q, k, v, cos, sin, entry.keys, entry.values, index)
         self._written.add(site.index)
+        if n == 1 and self._single is not None:
+            return sdpa(q, *self._read(_ALL, self._whole, entry.keys, entry.values, n), self._single)
         outputs = []
         for number, piece in enumerate(self._pieces):
             own = q if len(self._pieces) == 1 else q[:, piece.queries.start * n : piece.queries.stop * n]
@@ -250,8 +258,14 @@ class FunctionalView:
             if shift:
                 keys[i] = _shifted(keys[i], shift, rope)
         keys, values = keys[:1] * plan.copies + keys, values[:1] * plan.copies + values
+        groups, count = own_reads(plan.within, len(plan.segment.frames)), len(plan.segment.frames)
+        if n == 1 and len(groups) > 1:
+            own = slice(offset, offset + count)
+            mask = torch.tensor([[True] * len(keys) + [i in seen for i in range(count)] for _, seen in groups])
+            both = torch.cat([*keys, k[:, own]], 1), torch.cat([*values, v[:, own]], 1)
+            return [sdpa(q[:, own], *both, to_device(mask, q.device))]
         outputs = []
-        for group, seen in own_reads(plan.within, len(plan.segment.frames)):
+        for group, seen in groups:
             own = slice((offset + seen.start) * n, (offset + seen.stop) * n)
             queries = q[:, (offset + group.start) * n : (offset + group.stop) * n]
             outputs.append(sdpa(queries, torch.cat([*keys, k[:, own]], 1), torch.cat([*values, v[:, own]], 1)))
@@ -312,6 +326,11 @@ def _replace(x: Tensor, frames: dict[int, Tensor], n: int) -> Tensor:
 def _piece(queries: slice, slots: list[int]) -> Piece:
     contiguous = slots == list(range(slots[0], slots[0] + len(slots)))
     return Piece(queries, (slots[0], slots[-1] + 1) if contiguous else None, tuple(slots))
+
+
+def _reads(pieces: list[Piece], slots: list[int], device: torch.device) -> Tensor:
+    """Which of `slots` each query frame reads, bool [queries, slots]; every group holds one query frame."""
+    return to_device(torch.tensor([[slot in piece.slots for slot in slots] for piece in pieces]), device)
 
 
 def _token_slots(slots: tuple[int, ...], n: int, device: torch.device) -> Tensor:
