@@ -292,6 +292,7 @@ def _short(dtype: torch.dtype) -> str:
 def all_rows(golden: Path | None) -> Iterator[tuple[str, Row]]:
     """(section, row) of every comparison; golden tensors only where the folder is given."""
     from unspool.evaluate import golden as published
+    from unspool.evaluate import golden_stdit
 
     for section, rows in (
         ("Cached streaming = one masked forward", policies),
@@ -301,5 +302,6 @@ def all_rows(golden: Path | None) -> Iterator[tuple[str, Row]]:
         for row in rows():
             yield section, row
     if golden is not None:
-        for row in published.rows(golden):
-            yield "Published networks", row
+        for rows in (published.rows, golden_stdit.rows):
+            for row in rows(golden):
+                yield "Published networks", row
