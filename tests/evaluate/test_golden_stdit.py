@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import golden_path
 
+from conftest import golden_path
 from unspool.evaluate import golden_stdit
 from unspool.models.stdit.network import STDiT
 

@@ -20,9 +20,9 @@ from unspool.causal.cache.streams import StreamCaches
 from unspool.causal.chunks import ChunkPlan
 from unspool.causal.context import FullSequence, Site
 from unspool.causal.mask import teacher_forcing_mask
-from unspool.causal.position import Cyclic, PositionPolicy, WindowRelative
-from unspool.causal.prefix import JOINT
-from unspool.causal.visibility import MAIN, Kind, Segment, Visibility, Window
+from unspool.causal.position import Absolute, Cyclic, PositionPolicy, WindowRelative
+from unspool.causal.prefix import JOINT, PrefixEnhanced
+from unspool.causal.visibility import MAIN, Full, Kind, Segment, Visibility, Window
 from unspool.diffusion.iddpm import IDDPM
 from unspool.models.base import Conditioning
 from unspool.models.stdit.config import STDiTConfig
@@ -88,9 +88,8 @@ class Clip:
     def run(self, x: Tensor, sigma: list[float], context: Any) -> Tensor:
         return self.network(x, torch.tensor([sigma], dtype=torch.float64), self.cond, context)
 
-    def cached(self, visibility: Visibility, positions: PositionPolicy) -> list[Tensor]:
-        """Per chunk a denoising pass, twice at different levels (the second must not feel the first), and a commit."""
-        cache = StreamCaches(
+    def cache(self, visibility: Visibility, positions: PositionPolicy) -> StreamCaches:
+        return StreamCaches(
             self.network.sites,
             batch=len(self.clean),
             tokens_per_frame=self.network.tokens_per_frame(*SIZE),
@@ -98,6 +97,10 @@ class Clip:
             positions=positions,
             dtype=torch.float64,
         )
+
+    def cached(self, visibility: Visibility, positions: PositionPolicy) -> list[Tensor]:
+        """Per chunk a denoising pass, twice at different levels (the second must not feel the first), and a commit."""
+        cache = self.cache(visibility, positions)
         outputs = []
         for frames, level in zip(self.chunks, self.levels, strict=True):
             own = slice(frames.start, frames.stop)
@@ -160,6 +163,30 @@ def test_a_chunk_that_sees_itself_whole() -> None:
     got = torch.cat(clip.cached(full, positions), 1)
     assert worst(got, clip.masked(full, positions)) <= BOUND
     assert worst(got, clip.masked(sees(chunk=3, pmax=7, prefix=2), positions)) > 1e-3
+
+
+def test_an_unbounded_past() -> None:
+    """ViD-GPT: all the past, causal, positions that never turn; the prefix beside it stays short."""
+    clip = Clip(randomised(STDiTConfig(**SMALL, **FORMS["joint"])), ChunkPlan(chunk=3, first=1), 10)
+    visibility = PrefixEnhanced(base=Full(within="causal"), frames=2)
+    got = torch.cat(clip.cached(visibility, Absolute()), 1)
+    assert worst(got, clip.masked(visibility, Absolute())) <= BOUND
+    assert worst(got[:, -3:], clip.by_hand(9, 10**6, 2, 10**6)) <= BOUND
+
+
+def test_commits_may_be_cut_differently() -> None:
+    """Clean frames in chunks of 1, 8 and 8 or of 1, 4, 4, 4 and 4: causal commits write the same keys and values."""
+    network, held = randomised(STDiTConfig(**SMALL, **FORMS["separate"])), []
+    for chunk in (8, 4):
+        clip = Clip(network, ChunkPlan(chunk=chunk, first=1), 16 // chunk + 1)
+        cache = clip.cache(PrefixEnhanced(base=Full(within="causal"), frames=3), Absolute())
+        for frames in clip.chunks:
+            context = cache.begin((Segment(kind=Kind.COMMIT, frames=frames),))
+            clip.run(clip.clean[:, frames.start : frames.stop], [0.0] * len(frames), context)
+            cache.promote()
+        context = cache.begin((Segment(kind=Kind.DENOISE, frames=range(17, 20)),))
+        held.append(clip.run(torch.ones(1, 3, 4, *SIZE, dtype=torch.float64), [0.5] * 3, context))
+    assert worst(*held) <= BOUND
 
 
 def test_encoding_the_last_frames_again_is_something_else() -> None:

@@ -80,6 +80,17 @@ def test_sampler(name: str, commit: str, golden: Golden, golden_json: Callable[[
     assert (got - want).abs().max() <= TOLERANCE
 
 
+def test_branches_of_guidance_keep_their_own_past(golden: Golden, golden_json: Callable[[str], Any]) -> None:
+    """In one cache of twice the rows, or in two: keys differ from the second layer on, what comes out does not."""
+    facts = golden_json("ca2vdm_config")["cases"]["sampler_text_guided"]
+    stream, case = stream_of("sampler_text_guided", golden, facts, guidance=Guidance(scale=3.0, mode="two_caches"))
+    got = swap(torch.cat([chunk.latents for chunk in stream], dim=1))
+    assert (got - case["final_exact"][:, :, 1:]).abs().max() <= TOLERANCE
+    pairs = zip(*(cache.caches["self"].entries.values() for cache in stream.branches.caches), strict=True)  # type: ignore[attr-defined]
+    differ = [not torch.equal(a.keys, b.keys) for a, b in pairs]
+    assert differ == [False, True, True]
+
+
 @pytest.mark.parametrize("commit", ["separate", "fused"])
 def test_a_noised_commit(commit: str, golden: Golden, golden_json: Callable[[str], Any]) -> None:
     """Given and finished latents are noised for their commit, are told to be clean, and are handed out clean."""
