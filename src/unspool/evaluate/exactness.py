@@ -302,6 +302,6 @@ def all_rows(golden: Path | None) -> Iterator[tuple[str, Row]]:
         for row in rows():
             yield section, row
     if golden is not None:
-        for rows in (published.rows, golden_stdit.rows):
-            for row in rows(golden):
+        for recorded in (published.rows, golden_stdit.rows):
+            for row in recorded(golden):
                 yield "Published networks", row
