@@ -162,6 +162,15 @@ def test_frames_that_are_clean_are_known_by_their_level_alone() -> None:
         assert torch.equal(clean, first) is not masked
 
 
+def test_a_grid_first_seen_without_autograd_can_be_trained_on() -> None:
+    network = small(dim=44, num_heads=4).requires_grad_()
+    with torch.inference_mode():
+        network(clip(), levels(), silent(network), context())
+    with torch.enable_grad():
+        network(clip(), levels(), silent(network), context()).mean().backward()
+    assert network.x_embedder.proj.weight.grad is not None
+
+
 # ---- noise levels ---------------------------------------------------------------------------------------------------
 
 

@@ -31,9 +31,10 @@ def position_features(positions: Tensor, width: int, scale: float) -> Tensor:
 @lru_cache(maxsize=16)
 def spatial_features(rows: int, columns: int, width: int, scale: float) -> Tensor:
     """Features [rows * columns, width] of a grid on the CPU: the first half tells the column, the second the row."""
-    across = position_features(torch.arange(columns), width // 2, scale)
-    down = position_features(torch.arange(rows), width // 2, scale)
-    return torch.cat([across.repeat(rows, 1), down.repeat_interleave(columns, 0)], dim=-1)
+    with torch.inference_mode(False):  # it is remembered, and what is made inside that mode can never be trained with
+        across = position_features(torch.arange(columns, device="cpu"), width // 2, scale)
+        down = position_features(torch.arange(rows, device="cpu"), width // 2, scale)
+        return torch.cat([across.repeat(rows, 1), down.repeat_interleave(columns, 0)], dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
