@@ -6,6 +6,7 @@ METHODS: dict[str, str] = {
     "flow_matching": "unspool.methods.flow_matching:FlowMatching",
     "diffusion_forcing": "unspool.methods.diffusion_forcing:DiffusionForcing",
     "teacher_forcing": "unspool.methods.teacher_forcing:TeacherForcing",
+    "clean_prefix": "unspool.methods.clean_prefix:CleanPrefix",
     "ode_regression": "unspool.methods.ode_regression:OdeRegression",
     "consistency": "unspool.methods.consistency:CausalConsistency",
     "dmd": "unspool.methods.dmd:DistributionMatching",

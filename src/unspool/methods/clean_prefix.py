@@ -1,0 +1,146 @@
+"""Training on a clean prefix and one noisy chunk behind it: ViD-GPT and Ca2-VDM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.context import Backend, FullSequence
+from unspool.causal.mask import clean_prefix_mask
+from unspool.causal.position import Absolute, Cyclic, PositionPolicy
+from unspool.causal.prefix import PrefixEnhanced
+from unspool.causal.visibility import Full, Visibility, Window, check_window
+from unspool.data.batch import Batch
+from unspool.diffusion.iddpm import IDDPM
+from unspool.methods.base import StepResult
+from unspool.methods.common import (
+    BatchPrompts,
+    Student,
+    check_share,
+    chosen,
+    clean_latents,
+    noise_like,
+    student_only,
+)
+from unspool.methods.draws import shared_integer, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanPrefixConfig:
+    """What decides the objective.
+
+    Fields: `plan` (its first chunk is what will be given at the start), `visibility`, `backend` as the rollout's;
+    `prefix_frames` clean frames that prefix-enhanced attentions read (None: the network has none); `circle` number of
+    cyclic positions (None: absolute ones); `prefix_noise` level to which the prefix is noised while the network is told
+    that it is clean, the rollout's `commit_noise` (0: not at all); `drop_text` probability that a sample loses its
+    prompts; `process`.
+    """
+
+    plan: ChunkPlan
+    visibility: Full | Window
+    prefix_frames: int | None
+    circle: int | None
+    prefix_noise: float
+    drop_text: float
+    process: IDDPM
+    backend: Backend = "slices"
+
+    def __post_init__(self) -> None:
+        check_window(self.visibility, self.plan.longest)
+        check_share("prefix_noise", self.prefix_noise)
+        check_share("drop_text", self.drop_text)
+
+    @property
+    def sees(self) -> Visibility:
+        """What the attentions of the network read."""
+        if self.prefix_frames is None:
+            return self.visibility
+        return PrefixEnhanced(base=self.visibility, frames=self.prefix_frames)
+
+
+def prefix_lengths(plan: ChunkPlan, num_frames: int) -> tuple[int, ...]:
+    """Every prefix, at least what is given, behind which a clip of `num_frames` latent frames goes on; what follows the
+    longest may be less than a chunk, as published. Raises ValueError for a clip that ends with what is given.
+    """
+    starts = tuple(c.start for c in plan.chunks(0, num_frames) if c.start > 0)
+    if not starts:
+        raise ValueError(
+            f"clips of {num_frames} latent frames: expected more than the {plan.lead} that are given, best whole "
+            f"chunks of {plan.chunk}; use longer clips or another plan"
+        )
+    return starts
+
+
+def drawn_positions(circle: int | None, num_frames: int, rng: torch.Generator) -> PositionPolicy:
+    """Positions of a clip (arXiv:2411.16375 section 3.3): turned by chance where it fills the circle, else from 0 on.
+
+    A shorter clip turned would teach nothing that a stream meets: its frames stand at 0 and on before the first wrap,
+    and afterwards the window fills the circle. Always consumes one draw where there is a circle.
+    """
+    if circle is None:
+        return Absolute()
+    offset = shared_integer(circle, rng)
+    return Cyclic(length=circle, offset=offset if num_frames == circle else 0)
+
+
+class CleanPrefix:
+    """Squared error and variational bound on one noisy chunk, given clean frames before it, which bear no loss.
+
+    The length of the prefix is drawn for the batch, and the clip is cut behind the chunk; the noise level is drawn for
+    each sample from all steps. Source: arXiv:2411.16375 section 3.2 and appendix C, the perturbed prefix from the
+    published code (implements `Method`; role "student").
+
+    Args: `backbone` an `STDiT`, or another network for IDDPM; `text`, `null_text` as `FlowMatching`. Batches of a
+    network without text need none.
+    """
+
+    def __init__(
+        self,
+        config: CleanPrefixConfig,
+        *,
+        backbone: nn.Module,
+        text: nn.Module | None = None,
+        null_text: Tensor | None = None,
+    ) -> None:
+        self.config = config
+        self.student = Student(backbone, text, null_text)
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return {"student": self.student}
+
+    def roles(self, step: int) -> tuple[str, ...]:
+        return ("student",)
+
+    def step(self, batch: Batch, role: str, step: int, rng: torch.Generator) -> StepResult:
+        student_only(role)
+        config, x0 = self.config, clean_latents(batch)
+        choices = prefix_lengths(config.plan, x0.shape[1])
+        prefix = choices[shared_integer(len(choices), rng)]
+        frames = min(config.plan.frames(config.plan.chunk_of(prefix)).stop, x0.shape[1])
+        positions = drawn_positions(config.circle, frames, rng)
+        prompts = self._prompts(batch, frames, chosen((len(x0),), config.drop_text, rng))
+        x0 = x0[:, :frames]
+        level = 1.0 + (config.process.num_steps * uniform((len(x0), 1), rng)).floor()
+        sigma = (level / config.process.num_steps).repeat(1, frames)
+        sigma[:, :prefix] = 0.0
+        noise = noise_like(x0, rng)
+        x = config.process.add_noise(x0, noise, sigma)
+        if config.prefix_noise:
+            perturbed = config.process.add_noise(x0[:, :prefix], noise_like(x0[:, :prefix], rng), config.prefix_noise)
+            x = torch.cat([perturbed, x[:, prefix:]], dim=1)
+        mask = clean_prefix_mask(config.plan, frames, prefix, config.sees, positions)
+        prediction = self.student(x, sigma, prompts, FullSequence(frames, mask, backend=config.backend))
+        loss = config.process.loss(x0, noise, x, prediction, sigma)
+        metrics = {"loss": loss.total.detach(), "mse": loss.mse.mean().detach(), "bits": loss.bits.mean().detach()}
+        return StepResult(loss=loss.total, metrics=metrics)
+
+    def _prompts(self, batch: Batch, frames: int, dropped: Tensor) -> BatchPrompts:
+        if batch.text is None and batch.captions is None:
+            return BatchPrompts(states=torch.zeros(len(dropped), 1, 1, 1))  # a network with text refuses it
+        prompts = self.student.prompts_of(batch, dropped)
+        return prompts if prompts.index is None else replace(prompts, index=prompts.index[:, :frames])
