@@ -119,6 +119,7 @@ class FullSequence:
         mask = self.mask.stream(site.stream)
         # With one token a frame (attention over time alone) one call under a small mask beats one call per block.
         is_small = tokens == 1 and (rope is None or self._fixed is not None) and not mask.has_copies
+        is_small = is_small and len(mask.blocks) > 1
         if self.backend == "dense" or (self.backend == "slices" and is_small):
             return sdpa(q, k, v, self._compiled(mask.dense, site.stream, tokens, q.device))
         if self.backend == "flex":

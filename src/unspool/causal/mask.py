@@ -16,6 +16,7 @@ from unspool.causal.position import PositionPolicy
 from unspool.causal.visibility import (
     MAIN,
     Kind,
+    Pass,
     Segment,
     Visibility,
     first_copies,
@@ -124,13 +125,19 @@ def _chunk_blocks(part: _Part, visibility: Visibility, positions: PositionPolicy
     frames, kind, offset = part
     segment = Segment(kind=kind, frames=frames)
     past = visibility.visible(segment)
+    return _blocks(segment, past, list(past), frames.start + offset, visibility, positions)
+
+
+def _blocks(
+    segment: Segment, past: FrameSet, places: list[int], start: int, visibility: Visibility, positions: PositionPolicy
+) -> list[MaskBlock]:
+    """`segment` from sequence frame `start` on; `places` are the sequence frames of its past."""
     past_positions, own_positions = positions.assign(segment, past)
-    start = frames.start + offset
-    at = dict(zip(past, past_positions, strict=True))
-    at.update(zip(range(start, frames.stop + offset), own_positions, strict=True))
+    at = dict(zip(places, past_positions, strict=True))
+    at.update(zip(range(start, start + len(segment.frames)), own_positions, strict=True))
     blocks = []
-    for queries, seen in own_reads(within_of(visibility, segment), len(frames)):
-        keys = FrameSet.of_frames([*past, *(start + i for i in seen)])
+    for queries, seen in own_reads(within_of(visibility, segment), len(segment.frames)):
+        keys = FrameSet.of_frames([*places, *(start + i for i in seen)])
         blocks.append(
             MaskBlock(
                 queries=range(start + queries.start, start + queries.stop),
@@ -196,3 +203,28 @@ def teacher_forcing_mask(
     chunks = _chunks(plan, num_frames)
     parts = [(c, Kind.COMMIT, 0) for c in chunks] + [(c, Kind.DENOISE, num_frames) for c in chunks]
     return _spec(2 * num_frames, parts, visibility, positions)
+
+
+@lru_cache(maxsize=64)
+def pass_mask(segments: Pass, visibility: Visibility, positions: PositionPolicy) -> MaskSpec:
+    """The segments of one forward behind each other, each reading what the visibility gives it of those before it.
+
+    Raises ValueError where a segment reads a latent frame that is not among them.
+    """
+    _check_maskable(visibility)
+    at = {f: i for i, f in enumerate(f for segment in segments for f in segment.frames)}
+    blocks: list[MaskBlock] = []
+    for segment in segments:
+        past = visibility.visible(segment)
+        past = past if segment.limit is None else past & segment.limit
+        absent = [f for f in past if f not in at]
+        if absent:
+            raise ValueError(
+                f"{segment.kind.value} of {list(segment.frames)} reads latent frames {FrameSet.of_frames(absent)}, "
+                "which are not in the same forward, and nothing was kept of them; use commit='recompute'"
+            )
+        places = [at[f] for f in past]
+        blocks += _blocks(segment, past, places, at[segment.frames.start], visibility, positions)
+    names = streams_of(visibility)
+    streams = tuple((name, pass_mask(segments, stream_of(visibility, name), positions)) for name in names)
+    return MaskSpec(len(at), tuple(blocks), streams)

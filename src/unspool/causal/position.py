@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from unspool.causal.chunks import FrameSet
-from unspool.causal.visibility import Segment
+from unspool.causal.visibility import Segment, Visibility, capacity_of
 
 
 @runtime_checkable
@@ -97,6 +97,25 @@ class Cyclic:
                 f"length={self.length}; use a length of at least the window, without a sink"
             )
         return keys, own
+
+
+def check_circle(positions: PositionPolicy, visibility: Visibility, num_frames: int | None = None) -> None:
+    """Raise ValueError when cyclic positions are fewer than the latent frames that stand on them at once.
+
+    `num_frames` of the whole stream, where it ends before its window is full. Without a bound nothing is checked here:
+    positions that meet are refused when they do.
+    """
+    if not isinstance(positions, Cyclic):
+        return
+    window = capacity_of(visibility)
+    if window is None:
+        return
+    needed = window if num_frames is None else min(window, num_frames)
+    if positions.length < needed:
+        raise ValueError(
+            f"length={positions.length} cyclic positions for a window of {window} latent frames (Pmax + chunk): two of "
+            f"them meet; expected at least {needed}; use such a length or a shorter window"
+        )
 
 
 POSITIONS = {

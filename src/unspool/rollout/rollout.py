@@ -27,6 +27,7 @@ from unspool.rollout.branches import Branches, FrameConditions, admit
 from unspool.rollout.noise import NoiseSource
 from unspool.rollout.prompts import MAX_BLEND, Moment, PromptTimeline, Switch
 from unspool.rollout.recache import CleanHistory, plan_recache
+from unspool.rollout.recompute import check_commit, forward_with_past
 from unspool.rollout.settings import Cancelled, Chunk, RolloutConfig
 from unspool.rollout.solvers.base import advance
 from unspool.rollout.state import base_of, put_back, take
@@ -97,6 +98,7 @@ class Rollout:
         if config.guidance.is_active and negative is not None:
             admit(backbone, [negative])
         self.branches = Branches(backbone, make_cache, config.guidance, negative, self.batch, frame_conditions)
+        check_commit(self.branches.caches[0], config)
         sink = max(sink_of(config.visibility), default=-1) + 1
         self.history = CleanHistory(config.plan, capacity_of(config.visibility), sink)
         self.index = 0  # of the next chunk
@@ -158,7 +160,7 @@ class Rollout:
         if self.config.commit == "none":
             steps = self.config.schedule_of(self.index).num_steps
             self.branches.promote(keep_graph=self._wants_grad(self.index, steps))
-        else:
+        elif self.config.commit != "recompute":
             kept = latents if latents.requires_grad else self.history.chunks[self.index]
             self._pending, self._tail = (self.index, moment), kept
         chunk = Chunk(
@@ -255,6 +257,8 @@ class Rollout:
         """Prediction for one denoising pass, with the previous chunk's commit in the same forward where that is due."""
         if first and self._repeat is not None and self._repeat[0] == key:
             return self._repeat[1]  # the chunk is tried again after its first step went through with the commit
+        if self.config.commit == "recompute":
+            return forward_with_past(self, segment, x, told, prompts)
         if self._pending is None:
             return self.branches.run((segment,), x, self._sigma(told), prompts)
         index, moment = self._pending
@@ -310,7 +314,8 @@ class Rollout:
         if switch.policy == "keep" or now == 0:
             return
         if switch.policy == "flush":
-            keep = sink_of(self.visibility) & cache.frames
+            held = FrameSet.of((0, now)) if self.config.commit == "recompute" else cache.frames
+            keep = sink_of(self.visibility) & held
             self.see(Since(base=base_of(self.visibility), floor=now - 1, keep=keep))
             for each in self.branches.caches:
                 each.drop(each.frames - (keep | FrameSet.of((now - 1, now))))
@@ -323,7 +328,7 @@ class Rollout:
         for each in self.branches.caches:
             each.drop(plan.forget)
         prompts = self.branches.prompts(moment)
-        for segments in plan.passes:
+        for segments in () if self.config.commit == "recompute" else plan.passes:  # there every pass recomputes it
             latents = torch.cat([self._to_commit(s.frames, self.history.take(s.frames)) for s in segments], dim=1)
             self.branches.run(segments, latents, self._sigma(self.config.sigma_commit), prompts)
             self.branches.promote()
@@ -362,12 +367,12 @@ class Rollout:
                     self._switch(switch, moment, frames.start)
                     self._switched = number
                 latents = prefix[:, frames.start : frames.stop]
-                segment = Segment(kind=Kind.PREFILL, frames=frames, sigma=self.config.sigma_commit)
-                prompts = self.branches.prompts(moment)
                 self._check_cancel()
-                seen = self._to_commit(frames, latents)
-                self.branches.run((segment,), seen, self._sigma(self.config.sigma_commit), prompts)
-                self.branches.promote()
+                if self.config.commit != "recompute":
+                    segment = Segment(kind=Kind.PREFILL, frames=frames, sigma=self.config.sigma_commit)
+                    prompts, seen = self.branches.prompts(moment), self._to_commit(frames, latents)
+                    self.branches.run((segment,), seen, self._sigma(self.config.sigma_commit), prompts)
+                    self.branches.promote()
                 self.history.add(frames, latents.clone())
                 self.index += 1
         self.starts = self.starts[-MAX_BLEND:]

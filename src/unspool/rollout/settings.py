@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unspool.causal.cache.snapshot import describe
 from unspool.causal.chunks import ChunkPlan
-from unspool.causal.position import Absolute, PositionPolicy
+from unspool.causal.position import Absolute, PositionPolicy, check_circle
 from unspool.causal.visibility import Visibility, check_window
 from unspool.diffusion.flow import FlowMatching
 from unspool.diffusion.process import Process
@@ -32,7 +32,7 @@ class RolloutConfig:
     the commit pass (the latents stay clean); `commit_noise` level to which the latents of a commit are noised, which
     is told `sigma_commit` all the same, while those handed out stay clean (Ca2-VDM's code); `commit`: "separate"
     (steps + 1 forwards a chunk), "fused" (in one forward with the next chunk's first step: steps forwards), "none"
-    (the last step's K/V are kept: steps forwards).
+    (the last step's K/V are kept: steps forwards), "recompute" (none is kept; every forward also holds the clean past).
     """
 
     plan: ChunkPlan
@@ -45,7 +45,7 @@ class RolloutConfig:
     first_schedule: Schedule | None = None
     sigma_commit: float = 0.0
     commit_noise: float = 0.0
-    commit: Literal["separate", "fused", "none"] = "separate"
+    commit: Literal["separate", "fused", "none", "recompute"] = "separate"
 
     def __post_init__(self) -> None:
         check_window(self.visibility, self.plan.longest)
@@ -74,8 +74,9 @@ class RolloutConfig:
         for name, level in (("sigma_commit", self.sigma_commit), ("commit_noise", self.commit_noise)):
             if not 0.0 <= level <= 1.0:
                 raise ValueError(f"{name}={level}: expected a noise level in [0, 1], 0 for clean")
-        if self.commit not in ("separate", "fused", "none"):
-            raise ValueError(f"commit={self.commit!r}: expected 'separate', 'fused' or 'none'")
+        if self.commit not in ("separate", "fused", "none", "recompute"):
+            raise ValueError(f"commit={self.commit!r}: expected 'separate', 'fused', 'none' or 'recompute'")
+        check_circle(self.positions, self.visibility, self.plan.num_frames)
         if self.commit_noise and self.commit == "none":
             raise ValueError(
                 f"commit_noise={self.commit_noise} with commit='none': there is no commit to be noised; use 0"

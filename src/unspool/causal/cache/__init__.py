@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
-CACHES = {"kv": "unspool.causal.cache.kv:KVCache", "streams": "unspool.causal.cache.streams:StreamCaches"}
+CACHES = {
+    "kv": "unspool.causal.cache.kv:KVCache",
+    "streams": "unspool.causal.cache.streams:StreamCaches",
+    "steps": "unspool.causal.cache.steps:StepCaches",
+    "recompute": "unspool.causal.cache.recompute:Recompute",
+    "recompute_bidirectional": "unspool.causal.cache.recompute:RecomputeBidirectional",
+}

@@ -1,0 +1,97 @@
+"""No cache: the clean past goes through every forward again (the baselines OS-Fix and OS-Ext of arXiv:2411.16375).
+
+For rollouts with `commit="recompute"`, whose passes hold the past as segments of their own. What it costs is what a
+cache saves: P + l latent frames a forward instead of l.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from unspool.causal.cache.snapshot import Snapshot
+from unspool.causal.chunks import FrameSet
+from unspool.causal.context import Context, FullSequence, Site
+from unspool.causal.mask import MaskBlock, MaskSpec, pass_mask
+from unspool.causal.position import PositionPolicy
+from unspool.causal.visibility import Pass, Visibility
+
+
+class Recompute:
+    """Stands in for a cache (implements `Cache`) and keeps nothing; each segment reads by the visibility.
+
+    Equals a cache of the same visibility as long as no frame was evicted: keys that a cache kept remember through
+    depth what came before the window, keys computed anew do not. Arguments as `KVCache`.
+    """
+
+    commit: ClassVar[str] = "recompute"
+
+    def __init__(
+        self,
+        sites: list[Site],
+        *,
+        batch: int,
+        tokens_per_frame: int,
+        visibility: Visibility,
+        positions: PositionPolicy,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        compiled: bool = False,
+    ) -> None:
+        self.visibility, self.positions = visibility, positions
+        self._last: tuple[Pass, FullSequence] | None = None
+
+    @property
+    def frames(self) -> FrameSet:
+        return FrameSet()
+
+    @property
+    def num_bytes(self) -> int:
+        return 0
+
+    def begin(self, segments: Pass) -> Context:
+        """The context of one forward. Raises ValueError where a segment reads frames that are not in it."""
+        known = tuple(replace(segment, sigma=0.0) for segment in segments)  # who reads whom does not depend on it
+        mask = self._mask(known)
+        if self._last is None or self._last[0] != known or self._last[1].mask is not mask:
+            self._last = (known, FullSequence(mask.num_frames, mask))
+        return self._last[1]
+
+    def _mask(self, segments: Pass) -> MaskSpec:
+        return pass_mask(segments, self.visibility, self.positions)
+
+    def promote(self, *, keep_graph: bool = False) -> None: ...
+
+    def discard(self) -> None: ...
+
+    def drop(self, frames: FrameSet) -> None: ...
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot({}, {})
+
+    def restore(self, snapshot: Snapshot) -> None: ...
+
+
+class RecomputeBidirectional(Recompute):
+    """As `Recompute`, but all latent frames of a forward read each other, clean ones the noisy ones too.
+
+    What OS-Fix and OS-Ext do: their networks are bidirectional. The visibility only says which past frames take part.
+    """
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self._masks: dict[MaskSpec, MaskSpec] = {}
+
+    def _mask(self, segments: Pass) -> MaskSpec:
+        by_rule = super()._mask(segments)
+        if by_rule not in self._masks:
+            past = FrameSet.of(*(s.frames for s in segments[:-1]))
+            keys, own = self.positions.assign(segments[-1], past)
+            every, n = tuple(keys + own), by_rule.num_frames
+            block = MaskBlock(
+                queries=range(n), keys=FrameSet.of((0, n)), query_positions=every, key_positions=every, copies=0
+            )
+            self._masks = {by_rule: MaskSpec(n, (block,), by_rule.streams)}
+        return self._masks[by_rule]
