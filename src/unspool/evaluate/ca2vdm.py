@@ -119,6 +119,7 @@ class HeldBytes:
     staging: int
 
 
+@torch.no_grad()  # a cache is another under autograd
 def held_bytes(
     way: Way, network: STDiTConfig, *, tokens: int, batch: int = 1, dtype: torch.dtype = torch.float16
 ) -> HeldBytes:
