@@ -114,6 +114,20 @@ def test_a_perturbed_prefix_is_told_to_be_clean_and_changes_nothing_else() -> No
     assert abs(float((off * clean.x[:, :prefix]).mean())) < 0.15, "noise of its own"
 
 
+def test_a_network_that_makes_the_first_chunk_too_is_trained_behind_nothing() -> None:
+    """Prefix 0 is one more length: the first chunk alone, noisy, at the positions at which a stream begins."""
+    made = replace(BASE, makes_first=True, prefix_noise=0.1)
+    seen: dict[int, Call] = {}
+    for seed in range(30):
+        result, call, _ = stepped(made, seed)
+        assert result.loss.isfinite()
+        seen[int((call.sigma[0] == 0).sum())] = call
+    assert set(seen) == {0, *LENGTHS}
+    assert seen[0].x.shape[1] == 1 and seen[0].context.positions.tolist() == [0]
+    alone = CleanPrefix(made, backbone=network()).step(clips(frames=1), "student", 0, rng())
+    assert alone.loss.isfinite()
+
+
 def test_the_cached_rollout_computes_what_was_trained() -> None:
     """The noisy chunk of a step, from a cache into which the prefix was committed chunk by chunk."""
     for seed in range(6):
@@ -181,4 +195,10 @@ def test_it_is_a_method_and_refuses_what_does_not_fit() -> None:
         replace(BASE, prefix_noise=1.5)
     with pytest.raises(ValueError, match="longer than window"):
         replace(BASE, visibility=Window(window=2))
+    with pytest.raises(ValueError, match="chunk of 3 latent frames is shorter than prefix_frames=4"):
+        replace(BASE, prefix_frames=4)
+    with pytest.raises(ValueError, match="prefix_frames=0"):
+        replace(BASE, prefix_frames=0)
+    with pytest.raises(ValueError, match="length=9 cyclic positions for a window of 10"):
+        replace(BASE, circle=9)
     assert isinstance(stepped(replace(BASE, circle=None), 0)[1].context.positions, Tensor)

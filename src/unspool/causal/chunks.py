@@ -129,3 +129,18 @@ class ChunkPlan:
         if end <= start:
             return []
         return [self.frames(i) for i in range(self.chunk_of(start), self.chunk_of(end - 1) + 1)]
+
+
+def check_prefix(chunk: int, prefix_frames: int | None) -> None:
+    """Raise ValueError for chunks of `chunk` latent frames that prefix-enhanced attention reaches behind.
+
+    `PrefixEnhanced` itself reads right in that case; published caches hold frames of the newest chunk only, and repeat
+    them, which is not what the network was trained with. So a model made so could not be run elsewhere.
+    """
+    if prefix_frames is not None and prefix_frames < 1:
+        raise ValueError(f"prefix_frames={prefix_frames}: expected at least 1, or None for a network without; P' is 3")
+    if prefix_frames is not None and chunk < prefix_frames:
+        raise ValueError(
+            f"a chunk of {chunk} latent frames is shorter than prefix_frames={prefix_frames}, which published caches "
+            f"take from the newest chunk alone; use chunks of at least {prefix_frames}, or prefix_frames={chunk}"
+        )

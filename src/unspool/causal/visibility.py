@@ -290,7 +290,9 @@ def retained(visibility: Visibility, segment: Segment) -> FrameSet:
 
 def check_window(visibility: Visibility, longest_chunk: int) -> None:
     """Raise ValueError when a chunk of `longest_chunk` latent frames does not fit beside the sink."""
-    base = visibility.base if isinstance(visibility, Since) else visibility
+    base = visibility
+    while isinstance(getattr(base, "base", None), Visibility):  # what wraps a window is refused in the window's words
+        base = base.base  # type: ignore[attr-defined]
     sink = len(sink_of(base))
     reaches = {"capacity": capacity_of(base)}
     if isinstance(base, Window):

@@ -27,7 +27,10 @@ MODEL_FILE, CARD_FILE = "model.json", "README.md"
 FORMAT, VERSION = "unspool-model", 1
 ROLES = ("transformer", "codec", "text")
 
-NETWORKS = {"wan": "unspool.models.wan.network:WanTransformer"}
+NETWORKS = {
+    "wan": "unspool.models.wan.network:WanTransformer",
+    "stdit": "unspool.models.stdit.network:STDiT",
+}
 CODECS = {"taehv": "unspool.models.taehv:Taehv", "identity": "unspool.models.identity:IdentityCodec"}
 TEXTS = {"caption": "unspool.models.caption:CaptionEncoder"}
 KINDS: dict[str, dict[str, str]] = {"transformer": NETWORKS, "codec": CODECS, "text": TEXTS}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from unspool.causal.chunks import check_prefix
 from unspool.config import locate
 
 if TYPE_CHECKING:
+    from unspool.causal.visibility import Visibility
     from unspool.rollout.settings import RolloutConfig
 
 Window = int | Literal["full"]
@@ -28,7 +30,11 @@ class RolloutSettings:
     with its `position_options`; `sigmas` of the schedule, `conditioning` what the network is told instead of them,
     `first_sigmas` of chunk 0; `shift` that makes schedules of another length (None: the steps are fixed, as in a
     distilled model, whose `other_sigmas` are further schedules that it can be run with); `solver` a name of SOLVERS;
-    `switch_policy`, `sink_policy` what a prompt switch does by default.
+    `switch_policy`, `sink_policy` what a prompt switch does by default; `process` a name of PROCESSES, under "iddpm"
+    any number of its steps can be asked for; `prefix_frames` latent frames that prefix-enhanced attentions read (None:
+    the network has none); `commit_noise` as of `RolloutConfig`.
+
+    Raises ValueError for a chunk shorter than `prefix_frames`, and for another convention of guidance.
     """
 
     chunk: int
@@ -51,12 +57,21 @@ class RolloutSettings:
     guidance_mode: Literal["batch", "two_caches"] = "batch"
     guidance_convention: str = GUIDANCE_CONVENTION
     commit: Commit = "separate"
+    process: str = "flow"
+    prefix_frames: int | None = None
+    commit_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.guidance_convention != GUIDANCE_CONVENTION:
             raise ValueError(
                 f"guidance_convention={self.guidance_convention!r}: expected {GUIDANCE_CONVENTION!r}; convert the scale"
             )
+        check_prefix(self.chunk, self.prefix_frames)
+
+    @property
+    def cache(self) -> str:
+        """The name of the cache that the network's attentions need."""
+        return "kv" if self.prefix_frames is None else "streams"
 
     @property
     def steps(self) -> int:
@@ -88,6 +103,10 @@ class RolloutSettings:
     def _with_steps(self, steps: int) -> RolloutSettings:
         from unspool.diffusion.schedule import uniform
 
+        if self.process == "iddpm":
+            from unspool.diffusion.iddpm import IDDPM
+
+            return replace(self, sigmas=IDDPM().schedule(steps).sigmas, conditioning=None, first_sigmas=None)
         if self.shift is None:
             known = {len(sigmas) - 1: sigmas for sigmas in self.other_sigmas}
             if steps in known:
@@ -105,8 +124,10 @@ class RolloutSettings:
         """
         from unspool.causal.chunks import ChunkPlan
         from unspool.causal.position import POSITIONS
+        from unspool.causal.prefix import PrefixEnhanced
         from unspool.causal.visibility import Full
         from unspool.causal.visibility import Window as Windowed
+        from unspool.diffusion import PROCESSES
         from unspool.diffusion.schedule import Schedule
         from unspool.rollout.guidance import Guidance
         from unspool.rollout.settings import RolloutConfig
@@ -116,13 +137,18 @@ class RolloutSettings:
         windowed = self.window != "full" and whole is None
         if whole is not None:
             plan = ChunkPlan(chunk=whole, num_frames=whole)
+        visibility: Visibility = Full(within=self.within)
+        if windowed:
+            visibility = Windowed(window=int(self.window), sink=self.sink, within=self.within)
+        if self.prefix_frames is not None:
+            visibility = PrefixEnhanced(base=visibility, frames=self.prefix_frames)
         return RolloutConfig(
             plan=plan,
             schedule=Schedule(self.sigmas, self.conditioning),
             first_schedule=None if self.first_sigmas is None else Schedule(self.first_sigmas),
-            visibility=Windowed(window=int(self.window), sink=self.sink, within=self.within)
-            if windowed
-            else Full(within=self.within),
+            visibility=visibility,
+            process=locate(self.process, PROCESSES)(),
+            commit_noise=0.0 if whole is not None else self.commit_noise,
             positions=locate(self.positions, POSITIONS)(**self.position_options),
             solver=locate(self.solver, SOLVERS)(),
             guidance=Guidance(self.guidance_scale, self.guidance_mode),

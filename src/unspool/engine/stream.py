@@ -64,7 +64,7 @@ class Stream:
                 negative=self._wording.states([negative] * len(prompts)) if active else None,
                 cancel=cancel,
                 compiled=pipeline.is_compiled,
-                cache="kv" if whole is None else NoCache,
+                cache=settings.cache if whole is None else NoCache,
             )
             self.decoder = Decoder(pipeline.codec)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from unspool.causal.chunks import ChunkPlan
+from unspool.causal.chunks import ChunkPlan, check_prefix
 from unspool.causal.context import Backend, FullSequence
 from unspool.causal.mask import clean_prefix_mask
-from unspool.causal.position import Absolute, Cyclic, PositionPolicy
+from unspool.causal.position import Absolute, Cyclic, PositionPolicy, check_circle
 from unspool.causal.prefix import PrefixEnhanced
 from unspool.causal.visibility import Full, Visibility, Window, check_window
 from unspool.data.batch import Batch
@@ -37,7 +37,10 @@ class CleanPrefixConfig:
     `prefix_frames` clean frames that prefix-enhanced attentions read (None: the network has none); `circle` number of
     cyclic positions (None: absolute ones); `prefix_noise` level to which the prefix is noised while the network is told
     that it is clean, the rollout's `commit_noise` (0: not at all); `drop_text` probability that a sample loses its
-    prompts; `process`.
+    prompts; `process`; `makes_first`: the first chunk is not given, so it is trained too, behind nothing.
+
+    Raises ValueError for what no rollout could do: a window that holds no chunk, positions that meet in a window, a
+    chunk shorter than `prefix_frames`.
     """
 
     plan: ChunkPlan
@@ -47,12 +50,16 @@ class CleanPrefixConfig:
     prefix_noise: float
     drop_text: float
     process: IDDPM
+    makes_first: bool = False
     backend: Backend = "slices"
 
     def __post_init__(self) -> None:
         check_window(self.visibility, self.plan.longest)
         check_share("prefix_noise", self.prefix_noise)
         check_share("drop_text", self.drop_text)
+        check_prefix(self.plan.chunk, self.prefix_frames)
+        if self.circle is not None:
+            check_circle(Cyclic(length=self.circle), self.visibility)
 
     @property
     def sees(self) -> Visibility:
@@ -119,7 +126,9 @@ class CleanPrefix:
     def step(self, batch: Batch, role: str, step: int, rng: torch.Generator) -> StepResult:
         student_only(role)
         config, x0 = self.config, clean_latents(batch)
-        choices = prefix_lengths(config.plan, x0.shape[1])
+        choices: tuple[int, ...] = (0,) if config.makes_first else ()
+        if not choices or x0.shape[1] > config.plan.lead:
+            choices += prefix_lengths(config.plan, x0.shape[1])
         prefix = choices[shared_integer(len(choices), rng)]
         frames = min(config.plan.frames(config.plan.chunk_of(prefix)).stop, x0.shape[1])
         positions = drawn_positions(config.circle, frames, rng)
@@ -130,7 +139,7 @@ class CleanPrefix:
         sigma[:, :prefix] = 0.0
         noise = noise_like(x0, rng)
         x = config.process.add_noise(x0, noise, sigma)
-        if config.prefix_noise:
+        if config.prefix_noise and prefix:
             perturbed = config.process.add_noise(x0[:, :prefix], noise_like(x0[:, :prefix], rng), config.prefix_noise)
             x = torch.cat([perturbed, x[:, prefix:]], dim=1)
         mask = clean_prefix_mask(config.plan, frames, prefix, config.sees, positions)

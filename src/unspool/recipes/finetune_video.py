@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from unspool.data.videos import VideoFolderConfig
 from unspool.methods.codec import CodecTrainingConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from unspool.data.batch import Source
     from unspool.methods.base import Method
+    from unspool.models.caption import CaptionEncoder
     from unspool.train.callbacks import Callback
 
 
@@ -44,24 +45,20 @@ class VideoCodecRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneVideoRecipe(Recipe):
-    """A shipped model, or a model folder, trained further on videos.
+class VideosRecipe(Recipe):
+    """Base of what trains a network on the latents of a folder of videos.
 
-    Fields: `data` the videos; `model` what to begin with; `codec`, `codec_train` the fitting of its codec; `method`,
-    `train` that of its network; `report` what is measured at the end; `parts` folder of what was prepared.
+    Fields: `data` the videos; `model` a shipped model or a model folder, whose codec and text encoder are fitted to
+    them; `codec`, `codec_train` the fitting of the codec; `parts` folder of what was prepared.
     """
 
     data: VideoFolderConfig
     codec: CodecTrainingConfig
     codec_train: TrainConfig
-    method: TeacherForcingConfig
     model: str = "stage"
-    report: FinetuneReportConfig = field(default_factory=FinetuneReportConfig)
     parts: str = ""
 
-    harmless: ClassVar[tuple[str, ...]] = ("report",)
-
-    def prepare(self, out: Path) -> FinetuneVideoRecipe:
+    def prepare(self, out: Path) -> Self:
         """Fit the codec, teach the text encoder the captions' words, and encode the clips; each once."""
         from unspool.data.videos import VideoFolder
 
@@ -110,18 +107,14 @@ class FinetuneVideoRecipe(Recipe):
         codec = load_file_or_name(str(parts / "codec.safetensors"), {"Taehv": "unspool.models.taehv:Taehv"})
         encode_source(videos, codec, parts / "latents", fps=self.data.fps, batch=8)
 
-    def build_method(self, device: torch.device) -> Method:
-        from unspool.engine.load import load
-        from unspool.methods.teacher_forcing import TeacherForcing
+    def text_encoder(self) -> CaptionEncoder:
+        """The text encoder that knows the captions' words, or the model's own before it was prepared; trainable."""
         from unspool.models.caption import CaptionEncoder
 
-        network: Any = load(self.model, device=device, dtype="float32", verify=False).transformer
         text = CaptionEncoder.from_single_file(
             Path(self.parts) / "text.safetensors" if self.parts else self._file("text")
         )
-        for module in (network, text):
-            module.train().requires_grad_(True)
-        return TeacherForcing(self.method, backbone=network, text=text.to(device))
+        return text.train().requires_grad_(True)
 
     def build_source(self) -> Source:
         from unspool.data.shards import LatentShards, LatentShardsConfig
@@ -132,11 +125,6 @@ class FinetuneVideoRecipe(Recipe):
                 "one that was begun"
             )
         return LatentShards(LatentShardsConfig(path=str(Path(self.parts) / "latents"), in_memory=True))
-
-    def callbacks(self) -> Sequence[Callback]:
-        from unspool.recipes.finetune_report import FinetuneReport
-
-        return (FinetuneReport(self.report),)
 
     def _file(self, role: str) -> Path:
         """A component's file of the model that this begins with. Raises ValueError where it has none."""
@@ -150,6 +138,33 @@ class FinetuneVideoRecipe(Recipe):
             raise ValueError(f"model={self.model!r} has a {role} of kind {part.kind}; expected {kinds[role]}, which is "
                              "what this recipe can train")  # fmt: skip
         return folder / part.file
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneVideoRecipe(VideosRecipe):
+    """A shipped model, or a model folder, trained further on videos.
+
+    Fields: `model` what to begin with; `method`, `train` the training of its network; `report` what is measured at the
+    end.
+    """
+
+    method: TeacherForcingConfig
+    report: FinetuneReportConfig = field(default_factory=FinetuneReportConfig)
+
+    harmless: ClassVar[tuple[str, ...]] = ("report",)
+
+    def build_method(self, device: torch.device) -> Method:
+        from unspool.engine.load import load
+        from unspool.methods.teacher_forcing import TeacherForcing
+
+        network: Any = load(self.model, device=device, dtype="float32", verify=False).transformer
+        network.train().requires_grad_(True)
+        return TeacherForcing(self.method, backbone=network, text=self.text_encoder().to(device))
+
+    def callbacks(self) -> Sequence[Callback]:
+        from unspool.recipes.finetune_report import FinetuneReport
+
+        return (FinetuneReport(self.report),)
 
 
 def finetune_video() -> FinetuneVideoRecipe:
@@ -183,4 +198,4 @@ def _train(*, steps: int, batch: int, lr: float, decay: float) -> TrainConfig:
     )  # fmt: skip
 
 
-__all__ = ["FinetuneVideoRecipe", "VideoCodecRecipe", "finetune_video"]
+__all__ = ["FinetuneVideoRecipe", "VideoCodecRecipe", "VideosRecipe", "finetune_video"]

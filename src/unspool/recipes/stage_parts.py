@@ -138,14 +138,7 @@ class LatentRecipe(Recipe):
         return WanTransformer(self.network).to(device), text.requires_grad_(self.learn_text).to(device)
 
     def build_source(self) -> Source:
-        from unspool.data.curriculum import Curriculum, Leg
-        from unspool.data.shards import LatentShards, LatentShardsConfig
-
-        def clips(frames: int | None) -> Source:
-            return LatentShards(LatentShardsConfig(path=self.data, frames=frames, in_memory=self.in_memory))
-
-        legs = [Leg(source=clips(frames), steps=steps) for frames, steps in self.short.legs]
-        return Curriculum([*legs, Leg(source=clips(None), steps=1)])
+        return latent_clips(self.data, self.short, in_memory=self.in_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +167,18 @@ class StudentRecipe(LatentRecipe):
 
         network, text = self.student_parts(device)
         return begin_from(TeacherForcing(self.method, backbone=network, text=text), self.start)
+
+
+def latent_clips(data: str, short: ShortClips, *, in_memory: bool) -> Source:
+    """Encoded clips of a folder: the short legs first, then whole ones."""
+    from unspool.data.curriculum import Curriculum, Leg
+    from unspool.data.shards import LatentShards, LatentShardsConfig
+
+    def clips(frames: int | None) -> Source:
+        return LatentShards(LatentShardsConfig(path=data, frames=frames, in_memory=in_memory))
+
+    legs = [Leg(source=clips(frames), steps=steps) for frames, steps in short.legs]
+    return Curriculum([*legs, Leg(source=clips(None), steps=1)])
 
 
 def begin_from(method: Method, path: str) -> Method:
@@ -215,5 +220,6 @@ __all__ = [
     "begin_from",
     "caption_config",
     "chunks",
+    "latent_clips",
     "towards_noise",
 ]

@@ -7,6 +7,9 @@ are added to the hidden state, so they are baked into cached keys: policies that
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +86,21 @@ class STDiT(nn.Module):
                 nn.init.zeros_(module.weight)
             if name.endswith("attn_temp_pre_merge"):
                 nn.init.eye_(module.weight)  # [I | 0]: the mask changes nothing yet
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> Path:
+        """Write one safetensors file atomically; the header carries the config."""
+        from unspool.models.stdit.load import save_stdit
+
+        return save_stdit(self, path, metadata=metadata)
+
+    @classmethod
+    def from_single_file(cls, path: str | os.PathLike[str], **options: Any) -> STDiT:
+        """The network in a file of `save` or in a published one; options and errors as `load_stdit`."""
+        from unspool.models.stdit.load import load_stdit
+
+        return load_stdit(path, **options)
 
     # ---- what caches and rollouts ask --------------------------------------------------------------------------
 

@@ -1,0 +1,239 @@
+"""Ca2-VDM and ViD-GPT at small sizes: on the Sprite Stage at 64 px, and overfitted to a folder of videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.visibility import Full, Window
+from unspool.data.videos import VideoFolderConfig
+from unspool.diffusion.iddpm import IDDPM
+from unspool.methods.clean_prefix import CleanPrefixConfig
+from unspool.methods.codec import CodecTrainingConfig
+from unspool.models.stdit.config import STDiTConfig
+from unspool.recipes.ca2vdm_folder import Clip, PrefixModel, SamplingConfig, describe_prefix_model
+from unspool.recipes.finetune_video import VideosRecipe
+from unspool.recipes.stage import LATENT_CHANNELS, train_config
+from unspool.recipes.stage_folder import EXAMPLES
+from unspool.recipes.stage_parts import CLIP, ShortClips, begin_from, caption_config, latent_clips
+from unspool.train.config import TrainConfig
+from unspool.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from unspool.data.batch import Source
+    from unspool.engine.model_folder import ModelSpec
+    from unspool.methods.base import Method
+    from unspool.models.caption import CaptionEncoder
+    from unspool.train.callbacks import Callback
+
+PREFIX = 3
+"""Clean latent frames that prefix-enhanced attention reads, as published."""
+FPS = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixStageRecipe(Recipe):
+    """A causal STDiT on encoded clips of the Sprite Stage.
+
+    Fields: `network`, `method`; `text` a text encoder file, which does not learn unless `learn_text`; `data` a folder
+    of latents; `codec` the file that made them, for the model folder at the end ("": none is written); `start` weights
+    to begin with; `short` legs of shorter clips first; `sampling` of the model folder.
+    Raises ValueError where network and method do not agree on prefix-enhanced attention.
+    """
+
+    network: STDiTConfig
+    method: CleanPrefixConfig
+    text: str
+    data: str
+    codec: str = ""
+    learn_text: bool = False
+    start: str = ""
+    short: ShortClips = field(default_factory=ShortClips)
+    in_memory: bool = True
+    size_px: int = 64
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    harmless: ClassVar[tuple[str, ...]] = ("codec", "sampling")
+
+    def __post_init__(self) -> None:
+        check_agreement(self.network, self.method)
+
+    def build_method(self, device: torch.device) -> Method:
+        from unspool.models.caption import CaptionEncoder
+
+        text = CaptionEncoder.from_single_file(self.text).requires_grad_(self.learn_text)
+        return begin_from(clean_prefix(self.network, self.method, text, device), self.start)
+
+    def build_source(self) -> Source:
+        return latent_clips(self.data, self.short, in_memory=self.in_memory)
+
+    def callbacks(self) -> Sequence[Callback]:
+        if not self.codec:
+            return ()
+        from unspool.models.taehv import Taehv
+
+        return (PrefixModel(self.describe, lambda: Taehv.from_single_file(self.codec)),)
+
+    def describe(self) -> ModelSpec:
+        """The model that this makes."""
+        clip = Clip(frames=CLIP, height_px=self.size_px, width_px=self.size_px, fps=FPS)
+        return describe_prefix_model(
+            self.method, self.sampling, clip, name="stage-ca2vdm" if self.method.circle else "stage-vid-gpt",
+            about="sprites under a sky from captions, by a causal STDiT behind a clean prefix", examples=EXAMPLES,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixVideosRecipe(VideosRecipe):
+    """A causal STDiT from nothing on the latents of a folder of videos; the text encoder learns along.
+
+    Fields besides `VideosRecipe`'s: `network`, whose channels and text are those of `model`; `method`; `sampling` of
+    the model folder. Raises ValueError as `PrefixStageRecipe`, and for clips that do not fill the circle of positions.
+    """
+
+    network: STDiTConfig
+    method: CleanPrefixConfig
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    harmless: ClassVar[tuple[str, ...]] = ("sampling",)
+
+    def __post_init__(self) -> None:
+        check_agreement(self.network, self.method)
+        frames = 1 + (self.data.num_frames - 1) // self.data.temporal
+        if self.method.circle is not None and frames != self.method.circle:
+            raise ValueError(
+                f"clips of {frames} latent frames for circle={self.method.circle}: expected as many, or positions past "
+                f"the wrap are never trained; use data.num_frames={1 + (self.method.circle - 1) * self.data.temporal}"
+            )
+
+    def build_method(self, device: torch.device) -> Method:
+        return clean_prefix(self.network, self.method, self.text_encoder(), device)
+
+    def callbacks(self) -> Sequence[Callback]:
+        from unspool.models.taehv import Taehv
+
+        return (PrefixModel(self.describe, lambda: Taehv.from_single_file(Path(self.parts) / "codec.safetensors")),)
+
+    def describe(self) -> ModelSpec:
+        """The model that this makes."""
+        from unspool.data.videos import VideoFolder
+
+        videos, data = VideoFolder(self.data), self.data
+        captions = sorted({videos.clip(i).caption for i in range(videos.num_clips)})
+        clip = Clip(
+            frames=1 + (data.num_frames - 1) // data.temporal, height_px=data.height_px, width_px=data.width_px,
+            fps=data.fps,
+        )  # fmt: skip
+        return describe_prefix_model(
+            self.method, self.sampling, clip, name="overfit-ca2vdm", examples=captions[:4],
+            about=f"a causal STDiT that knows {videos.num_clips} clips by heart",
+        )  # fmt: skip
+
+
+def check_agreement(network: STDiTConfig, method: CleanPrefixConfig) -> None:
+    """Raise ValueError where a network has prefix-enhanced attention and its training does not speak of it, or the
+    other way round."""
+    if (network.prefix_attention == "none") != (method.prefix_frames is None):
+        raise ValueError(
+            f"network.prefix_attention={network.prefix_attention!r} with method.prefix_frames={method.prefix_frames}: "
+            "expected both or neither; set prefix_frames=3, or prefix_attention='none'"
+        )
+
+
+def clean_prefix(network: STDiTConfig, method: CleanPrefixConfig, text: CaptionEncoder, device: torch.device) -> Method:
+    """The objective with a new network. Raises ValueError for a text encoder of another width or length."""
+    from unspool.methods.clean_prefix import CleanPrefix
+    from unspool.models.stdit.network import STDiT
+
+    if text.text_len > network.caption_len or text.config.out_dim != network.caption_dim:
+        raise ValueError(
+            f"the text encoder gives {text.text_len} rows of {text.config.out_dim}, the network takes up to "
+            f"{network.caption_len} of {network.caption_dim}; set network.caption_len and network.caption_dim"
+        )
+    return CleanPrefix(method, backbone=STDiT(network).to(device), text=text.to(device))
+
+
+def small_stdit(*, prefix: bool = True) -> STDiTConfig:
+    """10 M parameters for the stage's latents and captions, 16 tokens per latent frame at 64 px."""
+    text = caption_config()
+    return STDiTConfig(
+        dim=256, num_layers=8, num_heads=4, in_channels=LATENT_CHANNELS, freq_dim=128, caption_dim=text.out_dim,
+        caption_len=text.text_len, prefix_attention="joint" if prefix else "none", mask_channel=True,
+    )  # fmt: skip
+
+
+def cyclic_method(*, chunk: int, past_chunks: int) -> CleanPrefixConfig:
+    """Ca2-VDM: chunks of `chunk` latent frames behind the first one and at most `past_chunks` more; as many positions
+    as a full window has, turned by chance where a clip fills it (arXiv:2411.16375 section 3.3)."""
+    window = 1 + (past_chunks + 1) * chunk
+    return CleanPrefixConfig(
+        plan=ChunkPlan(chunk=chunk, first=1), visibility=Window(window=window, within="causal"), circle=window,
+        prefix_frames=PREFIX, prefix_noise=0.0, drop_text=0.1, process=IDDPM(), makes_first=True,
+    )  # fmt: skip
+
+
+def ca2vdm_stage() -> PrefixStageRecipe:
+    """Ca2-VDM on the 64 px stage: `unspool train ca2vdm-stage --out runs/ca2vdm`, after the stage's codec, text encoder
+    and latents (`unspool stage-model --until latents`).
+
+    10 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions. Sized for about
+    two hours on two CPU cores by the pace of stage-64-teacher; not measured yet.
+    """
+    return PrefixStageRecipe(
+        network=small_stdit(), method=cyclic_method(chunk=4, past_chunks=4),
+        text="runs/stage-64/text.safetensors", data="runs/stage-64/latents", codec="runs/stage-64/codec.safetensors",
+        short=ShortClips(legs=((9, 3000),)), train=_train(steps=6200, batch=32),
+    )  # fmt: skip
+
+
+def vid_gpt_stage() -> PrefixStageRecipe:
+    """ViD-GPT on the 64 px stage (arXiv:2406.10981): as ca2vdm-stage, but all of the past is read, at positions that
+    never turn and without prefix-enhanced attention. Good for the 81 frames of a training clip, then untrained.
+    """
+    made, method = ca2vdm_stage(), cyclic_method(chunk=4, past_chunks=4)
+    return replace(
+        made, network=small_stdit(prefix=False),
+        method=replace(method, visibility=Full(within="causal"), circle=None, prefix_frames=None),
+    )  # fmt: skip
+
+
+def ca2vdm_overfit() -> PrefixVideosRecipe:
+    """Ca2-VDM overfitted to real clips: `unspool train ca2vdm-overfit data.path=FOLDER --out runs/overfit`.
+
+    The stage model's codec and captions are fitted to the videos first. Chunks of 4 latent frames, a past of 9, 13
+    cyclic positions, clips of 49 frames; prefix noise of step 50, as published for three beach clips. Not measured yet.
+    """
+    method = cyclic_method(chunk=4, past_chunks=2)
+    return PrefixVideosRecipe(
+        data=VideoFolderConfig(num_frames=49, fps=FPS, mode="random", num_repeats=8, short="hold", in_memory=True),
+        codec=CodecTrainingConfig(
+            l1=0.2, mse=2.0, noise=0.1, latent_penalty=1e-5, focus="gradient", focus_strength=2.0, crop_px=32,
+            crop_share=0.8,
+        ),
+        codec_train=train_config(steps=2000, batch=16, lr=1e-3, decay=0.998, curve="cosine"),
+        network=small_stdit(), method=replace(method, prefix_noise=0.051), sampling=SamplingConfig(guidance=1.0),
+        train=_train(steps=3000, batch=8),
+    )  # fmt: skip
+
+
+def _train(*, steps: int, batch: int) -> TrainConfig:
+    return train_config(
+        steps=steps, batch=batch, lr=1e-3, muon_lr=1.5e-3, decay=0.999, curve="wsd",
+        keep_adamw=("final_layer", "t_block"),
+    )  # fmt: skip
+
+
+__all__ = [
+    "PrefixStageRecipe",
+    "PrefixVideosRecipe",
+    "ca2vdm_overfit",
+    "ca2vdm_stage",
+    "cyclic_method",
+    "small_stdit",
+    "vid_gpt_stage",
+]

@@ -1,0 +1,83 @@
+"""A causal STDiT with its codec and text encoder as a model folder: the engine then streams it as any other model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from unspool.causal.visibility import Full
+from unspool.diffusion.iddpm import IDDPM
+from unspool.engine.model_folder import ModelSpec, Part, save_model_folder
+from unspool.engine.settings import RolloutSettings
+from unspool.geometry import Geometry
+from unspool.methods.clean_prefix import CleanPrefixConfig
+from unspool.train.callbacks import Callback
+
+if TYPE_CHECKING:
+    from unspool.train.loop import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the trained network is run: denoising `steps` of ancestral sampling and the scale of `guidance`."""
+
+    steps: int = 50
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """What a training clip was: `frames` latent frames of `height_px` x `width_px` at `fps`."""
+
+    frames: int
+    height_px: int
+    width_px: int
+    fps: float
+
+
+def settings_of(method: CleanPrefixConfig, sampling: SamplingConfig) -> RolloutSettings:
+    """The rollout that a training prepares for. Raises ValueError for a process that no model file can name."""
+    if method.process != IDDPM():
+        raise ValueError(f"process={method.process}: expected {IDDPM()}, the one that model.json calls iddpm")
+    sees = method.visibility
+    return RolloutSettings(
+        chunk=method.plan.chunk, first=method.plan.first, window="full" if isinstance(sees, Full) else sees.window,
+        sink=0 if isinstance(sees, Full) else sees.sink, within="causal" if sees.within == "causal" else "full",
+        positions="absolute" if method.circle is None else "cyclic",
+        position_options={} if method.circle is None else {"length": method.circle},
+        sigmas=method.process.schedule(sampling.steps).sigmas, solver="ancestral", shift=None, process="iddpm",
+        guidance_scale=sampling.guidance, sigma_commit=0.0, commit_noise=method.prefix_noise, switch_policy="keep",
+        prefix_frames=method.prefix_frames,
+    )  # fmt: skip
+
+
+def describe_prefix_model(
+    method: CleanPrefixConfig, sampling: SamplingConfig, clip: Clip, *, name: str, about: str, examples: Sequence[str]
+) -> ModelSpec:
+    """The model as `model.json` states it; files are filled in when it is saved."""
+    return ModelSpec(
+        name=name, kind="causal", transformer=Part(kind="stdit"), codec=Part(kind="taehv"), text=Part(kind="caption"),
+        height_px=clip.height_px, width_px=clip.width_px, fps=clip.fps, geometry=Geometry(), clip=clip.frames,
+        rollout=settings_of(method, sampling), seconds=Geometry().pixel_frames(clip.frames) / clip.fps, about=about,
+        examples=tuple(examples), licence="Apache-2.0",
+    )  # fmt: skip
+
+
+class PrefixModel(Callback):
+    """Writes `model/` at the end of a training. `spec` and `codec` are asked for then."""
+
+    def __init__(self, spec: Callable[[], ModelSpec], codec: Callable[[], object]) -> None:
+        self.spec, self.codec = spec, codec
+
+    def on_end(self, trainer: Trainer) -> None:
+        with trainer.evaluating():
+            if not trainer.world.is_main:
+                return
+            student: Any = trainer.method.networks["student"]
+            spec, folder = self.spec(), trainer.out / "model"
+            save_model_folder(folder, spec, transformer=student.backbone, codec=self.codec(), text=student.text)
+            print(f"model       {folder} (unspool generate --model {folder} {spec.examples[0]!r})")
+
+
+__all__ = ["Clip", "PrefixModel", "SamplingConfig", "describe_prefix_model", "settings_of"]

@@ -1,0 +1,125 @@
+"""Ca2-VDM's recipes at toy size: they train, go on, and end in a model folder that streams past eviction and wrap."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.config import apply_overrides
+from unspool.recipes.ca2vdm import ca2vdm_overfit, ca2vdm_stage, vid_gpt_stage
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from small_clips import write_clip
+from tiny_model import CHANNELS, ROWS, TEXT_DIM, save
+
+TOY = (
+    f"network.in_channels={CHANNELS}", f"network.caption_dim={TEXT_DIM}", f"network.caption_len={ROWS + 1}",
+    "network.dim=32", "network.num_layers=2", "network.num_heads=2", "network.freq_dim=16", "sampling.steps=2",
+    "train.batch=2", "train.optim.warmup_steps=0",
+)  # fmt: skip
+SMALL = ("method.plan.chunk=3", "method.visibility.window=7", "method.circle=7")  # Pmax 4
+
+
+def train(name: str, out: Path, *overrides: str) -> int:
+    from unspool.cli.main import main
+
+    return main(["train", name, "--out", str(out), "--quiet", *TOY, *overrides])
+
+
+def stage_files(folder: Path) -> tuple[str, ...]:
+    """Codec, text encoder and a few latents of 16 px."""
+    from unspool.data.encoding import encode_source, load_file_or_name
+    from unspool.data.stage import StageClips
+
+    save(folder / "tiny")
+    codec = load_file_or_name(str(folder / "tiny/codec.safetensors"), {"Taehv": "unspool.models.taehv:Taehv"})
+    encode_source(StageClips(frames=25, size_px=16), codec, folder / "latents", fps=16.0, limit=6)
+    tiny = folder / "tiny"
+    return (f"text={tiny}/text.safetensors", f"codec={tiny}/codec.safetensors", f"data={folder}/latents", "size_px=16",
+            "short.legs=[[4,1]]")  # fmt: skip
+
+
+def test_the_stage_recipe_trains_goes_on_and_streams(tmp_path: Path) -> None:
+    """A window of 7 latent frames; twelve of them are streamed, twice around the circle and well past eviction."""
+    from unspool.engine.load import load
+
+    files = stage_files(tmp_path)
+    assert train("ca2vdm-stage", tmp_path / "run", *files, *SMALL, "train.steps=2") == 0
+    assert (tmp_path / "run/model/model.json").is_file()
+    assert train("ca2vdm-stage", tmp_path / "run", *files, *SMALL, "train.steps=4") == 0
+    assert train("ca2vdm-stage", tmp_path / "whole", *files, *SMALL, "train.steps=4") == 0
+    models = [load(tmp_path / name / "model") for name in ("run", "whole")]
+    for one, other in zip(*(model.transformer.state_dict().values() for model in models), strict=True):
+        assert one.equal(other), "a run that was continued is the run"
+    model = models[0]
+    spec = json.loads((tmp_path / "run/model/model.json").read_text())
+    assert spec["transformer"]["kind"] == "stdit" and spec["rollout"]["process"] == "iddpm"
+    assert model.settings().steps == 2 and model.settings(steps=3).steps == 3
+    session = model.session("a red ball bounces")
+    frames = [session.next_chunk() for _ in range(6)]
+    assert [len(f) for f in frames] == [1, 12, 12, 12, 12, 12] and frames[0].shape[1:] == (16, 16, 3)
+    sizes = []
+    for _ in range(3):
+        frames.append(session.next_chunk())
+        sizes.append(session.stream.num_bytes)
+    assert len(set(sizes)) == 1
+    again = model.generate("a red ball bounces", chunks=9)
+    assert np.array_equal(again.frames, np.concatenate(frames)), "a second video on the same objects is the same video"
+    both = model.generate_many(["a red ball bounces", "a blue star drifts left"], chunks=4)
+    assert both[0].frames.shape == both[1].frames.shape and not np.array_equal(both[0].frames, both[1].frames)
+    for window, match in ((8, "two of them meet"), (2, "longer than window")):
+        with pytest.raises(ValueError, match=match):
+            model.generate("a red ball", chunks=2, window=window)
+
+
+def test_the_command_line_streams_the_folder(tmp_path: Path) -> None:
+    from unspool.cli.main import main
+
+    files = stage_files(tmp_path)
+    assert train("vid-gpt-stage", tmp_path / "run", *files, "method.plan.chunk=3", "train.steps=1") == 0
+    out = tmp_path / "out.mp4"
+    arguments = ["generate", "a red ball", "--model", str(tmp_path / "run/model"), "--seconds", "2", "-o", str(out)]
+    assert main(arguments) == 0 and out.stat().st_size > 0
+
+
+def test_real_clips_are_overfitted(tmp_path: Path) -> None:
+    from unspool.engine.load import load
+
+    save(tmp_path / "tiny")
+    for name, frames in (("wave", 30), ("bow", 45)):
+        write_clip(tmp_path / "videos" / f"{name}.mp4", frames)
+        (tmp_path / "videos" / f"{name}.txt").write_text(f"a person who {name}s")
+    options = (
+        f"data.path={tmp_path / 'videos'}", f"model={tmp_path / 'tiny'}", "data.height_px=16", "data.width_px=32",
+        "data.num_frames=25", "data.num_repeats=2", "codec.crop_px=null", "codec.crop_share=0", "codec_train.steps=2",
+        "codec_train.batch=2",
+    )  # fmt: skip
+    assert train("ca2vdm-overfit", tmp_path / "run", *options, *SMALL, "train.steps=2") == 0
+    model = load(tmp_path / "run/model")
+    assert model.spec.examples == ("a person who bows", "a person who waves")
+    assert model.generate("a person who waves", chunks=5).frames.shape == (49, 16, 32, 3)
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    made = ca2vdm_stage()
+    assert made.method.circle == 21 and made.method.visibility.window == 21  # type: ignore[union-attr]
+    for overrides, match in (
+        (("method.plan.chunk=2",), "chunk of 2 latent frames is shorter than prefix_frames=3"),
+        (("method.circle=20",), "length=20 cyclic positions for a window of 21"),
+        (("method.prefix_frames=null",), "expected both or neither"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            apply_overrides(made, overrides)
+    with pytest.raises(ValueError, match=r"data\.num_frames=49"):
+        apply_overrides(ca2vdm_overfit(), ("data.num_frames=33",))
+    with pytest.raises(ValueError, match="chunk of 2"):
+        replace(made.describe().rollout, chunk=2)
+    assert vid_gpt_stage().describe().rollout.window == "full"
+    assert made.method.plan == ChunkPlan(chunk=4, first=1)
