@@ -170,6 +170,12 @@ class KVCache:
                     "segments of one forward in order of time"
                 )
             seen = seen | own
+            later = [f for f in self.slots.promoted if f >= segment.frames.start]
+            if later and segment.kind in (Kind.PREFILL, Kind.DENOISE):
+                raise ValueError(
+                    f"{segment.kind.value} of latent frames {list(segment.frames)} while the cache holds {max(later)} "
+                    "already: another stream begins; make a cache for it, or drop() what this one holds"
+                )
             for bank in (segment.read_bank, segment.write_bank):
                 if bank != "clean":
                     raise ValueError(f"bank {bank!r}: KVCache has the bank 'clean' only; use a cache with banks")

@@ -118,6 +118,8 @@ class StepCaches:
         self.discard()
         for cache in self._all():
             cache.drop(frames)
+        if not any(len(cache.frames) for cache in self._all()):
+            self.levels, self._given = {}, None  # as new: another stream may begin
 
     def snapshot(self) -> Snapshot:
         named = {f"level{i}": cache.snapshot() for i, cache in enumerate(self.levels.values())}
