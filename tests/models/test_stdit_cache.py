@@ -27,6 +27,7 @@ from unspool.diffusion.iddpm import IDDPM
 from unspool.models.base import Conditioning
 from unspool.models.stdit.config import STDiTConfig
 from unspool.models.stdit.network import STDiT
+from unspool.ops.compile import compile_backbone
 from unspool.ops.rope import Rope
 from unspool.rollout.noise import CounterNoise
 from unspool.rollout.prompts import PromptTimeline, Switch
@@ -316,3 +317,11 @@ def test_what_cannot_hold_is_refused() -> None:
         Rollout(
             network, stream().config, torch.ones(1, 1, 1), noise=CounterNoise(seed=0), latent_size=SIZE
         )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_compiled_network_streams_the_same() -> None:
+    """Through eviction and wrap; what is compiled lies between the attentions."""
+    want, compiled = frames_of(stream("joint")), stream("joint")
+    compile_backbone(compiled.backbone)  # type: ignore[arg-type]
+    assert worst(frames_of(compiled), want) <= 1e-5

@@ -22,7 +22,7 @@ from tiny_model import CHANNELS, ROWS, TEXT_DIM, save
 TOY = (
     f"network.in_channels={CHANNELS}", f"network.caption_dim={TEXT_DIM}", f"network.caption_len={ROWS + 1}",
     "network.dim=32", "network.num_layers=2", "network.num_heads=2", "network.freq_dim=16", "sampling.steps=2",
-    "train.batch=2", "train.optim.warmup_steps=0",
+    "train.batch=2", "train.optim.warmup_steps=0", "train.compile=false",
 )  # fmt: skip
 SMALL = ("method.plan.chunk=3", "method.visibility.window=7", "method.circle=7")  # Pmax 4
 

@@ -159,7 +159,7 @@ def clean_prefix(network: STDiTConfig, method: CleanPrefixConfig, text: CaptionE
 
 
 def small_stdit(*, prefix: bool = True) -> STDiTConfig:
-    """10 M parameters for the stage's latents and captions, 16 tokens per latent frame at 64 px."""
+    """11 M parameters for the stage's latents and captions, 16 tokens per latent frame at 64 px."""
     text = caption_config()
     return STDiTConfig(
         dim=256, num_layers=8, num_heads=4, in_channels=LATENT_CHANNELS, freq_dim=128, caption_dim=text.out_dim,
@@ -181,7 +181,7 @@ def ca2vdm_stage() -> PrefixStageRecipe:
     """Ca2-VDM on the 64 px stage: `unspool train ca2vdm-stage --out runs/ca2vdm`, after the stage's codec, text encoder
     and latents (`unspool stage-model --until latents`).
 
-    10 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions. Sized for about
+    11 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions. Sized for about
     two hours on two CPU cores by the pace of stage-64-teacher; not measured yet.
     """
     return PrefixStageRecipe(
@@ -223,7 +223,7 @@ def ca2vdm_overfit() -> PrefixVideosRecipe:
 
 def _train(*, steps: int, batch: int) -> TrainConfig:
     return train_config(
-        steps=steps, batch=batch, lr=1e-3, muon_lr=1.5e-3, decay=0.999, curve="wsd",
+        steps=steps, batch=batch, lr=1e-3, muon_lr=1.5e-3, decay=0.999, curve="wsd", compile=True,
         keep_adamw=("final_layer", "t_block"),
     )  # fmt: skip
 

@@ -136,6 +136,10 @@ class TimestepEmbedder(nn.Module):
 class Block(nn.Module):
     """One block. Rows of the modulation: shift, scale, gate of the attentions, then of the MLP."""
 
+    compiled_methods = (
+        "before_spatial", "after_spatial", "after_prefix", "before_temporal", "after_temporal", "feed_forward",
+    )  # fmt: skip
+
     def __init__(self, config: STDiTConfig, index: int) -> None:
         super().__init__()
         dim, heads = config.dim, config.num_heads
@@ -177,40 +181,60 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, frames: Frames, text: Captions | None, context: Context) -> Tensor:
         """x [b, t n, dim], n tokens per latent frame."""
-        shift, scale, gate = self._rows(frames.time, 0)
-        normed = modulate(layer_norm(x, self.eps), shift, scale).to(x.dtype)
-        x = gated_add(x, self._spatial(normed, frames.count, context), gate)
+        time = frames.time
+        x = self.after_spatial(x, self._spatial(self.before_spatial(x, time), frames.count, context), time)
         if self.separate is not None:
-            q, k, v = self.attn_cf.project(x)
-            prefix = context.attend(self.separate, q, k, v, None)
-            x = gated_add(x, self.attn_cf.proj(prefix.flatten(2)), gate)
-        x = gated_add(x, self._over_time(x, frames, context), gate)
+            prefix = context.attend(self.separate, *self.attn_cf.project(x), None)
+            x = self.after_prefix(x, prefix.flatten(2), time)
+        q, k, v = self.before_temporal(x, frames.positions, frames.clean)
+        out = context.attend(self.temporal, q, k, v, None)
+        x = self.after_temporal(x, out, time)
         if text is not None:
             x = x + self.cross_attn(x, text)
-        shift, scale, gate = self._rows(frames.time, 3)
+        return self.feed_forward(x, time)
+
+    # What lies between two attentions, without them: compiled, it is fused into few kernels.
+
+    def before_spatial(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [b, t n, heads, d] of the spatial attention."""
+        shift, scale, _ = self._rows(time, 0)
+        return self.attn.project(modulate(layer_norm(x, self.eps), shift, scale).to(x.dtype))
+
+    def after_spatial(self, x: Tensor, out: Tensor, time: Tensor) -> Tensor:
+        return gated_add(x, self.attn.proj(out), self._rows(time, 0)[2])
+
+    def after_prefix(self, x: Tensor, out: Tensor, time: Tensor) -> Tensor:
+        return gated_add(x, self.attn_cf.proj(out), self._rows(time, 0)[2])
+
+    def before_temporal(self, x: Tensor, positions: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [b n, t, heads, d]: attention over time at every spatial position alone. Positions [t, dim] and
+        `clean` enter once, in front of the first layer's."""
+        count = positions.shape[0]
+        if self.is_first:
+            grouped = x.unflatten(1, (count, -1)) + positions[None, :, None].to(x.dtype)
+            if self.attn_temp_pre_merge is not None:
+                told = clean[:, :, None, None].to(x.dtype).expand(*grouped.shape[:3], 1)
+                grouped = self.attn_temp_pre_merge(torch.cat([grouped, told], dim=-1))
+            x = grouped.flatten(1, 2)
+        q, k, v = (part.unflatten(1, (count, -1)).transpose(1, 2).flatten(0, 1) for part in self.attn_temp.project(x))
+        return q, k, v
+
+    def after_temporal(self, x: Tensor, out: Tensor, time: Tensor) -> Tensor:
+        """`out` [b n, t, heads, d]."""
+        out = out.flatten(2).unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(1, 2)
+        return gated_add(x, self.attn_temp.proj(out), self._rows(time, 0)[2])
+
+    def feed_forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale, gate = self._rows(time, 3)
         return gated_add(x, self.mlp(modulate(layer_norm(x, self.eps), shift, scale).to(x.dtype)), gate)
 
-    def _spatial(self, x: Tensor, count: int, context: Context) -> Tensor:
-        """Attention within each latent frame, or with the last clean frames beside it."""
-        q, k, v = self.attn.project(x)
+    def _spatial(self, parts: tuple[Tensor, Tensor, Tensor], count: int, context: Context) -> Tensor:
+        """Attention [b, t n, dim] within each latent frame, or with the last clean frames beside it."""
+        q, k, v = parts
         if self.joint is not None:
-            return self.attn.proj(context.attend(self.joint, q, k, v, None).flatten(2))
-        q, k, v = (rearrange(part, "b (t n) h d -> (b t) n h d", t=count) for part in (q, k, v))
-        return self.attn.proj(rearrange(sdpa(q, k, v), "(b t) n h d -> b (t n) (h d)", t=count))
-
-    def _over_time(self, x: Tensor, frames: Frames, context: Context) -> Tensor:
-        """Attention over time at every spatial position alone. Positions enter once, in front of the first layer's."""
-        if self.is_first:
-            grouped = x.unflatten(1, (frames.count, -1)) + frames.positions[None, :, None].to(x.dtype)
-            if self.attn_temp_pre_merge is not None:
-                clean = frames.clean[:, :, None, None].to(x.dtype).expand(*grouped.shape[:3], 1)
-                grouped = self.attn_temp_pre_merge(torch.cat([grouped, clean], dim=-1))
-            x = grouped.flatten(1, 2)
-        parts = self.attn_temp.project(x)
-        q, k, v = (rearrange(part, "b (t n) h d -> (b n) t h d", t=frames.count) for part in parts)
-        out = context.attend(self.temporal, q, k, v, None)
-        n = x.shape[1] // frames.count
-        return self.attn_temp.proj(rearrange(out, "(b n) t h d -> b (t n) (h d)", n=n))
+            return context.attend(self.joint, q, k, v, None).flatten(2)
+        q, k, v = (rearrange(part, "b (t n) h d -> (b t) n h d", t=count) for part in parts)
+        return rearrange(sdpa(q, k, v), "(b t) n h d -> b (t n) (h d)", t=count)
 
 
 class FinalLayer(nn.Module):
