@@ -13,7 +13,10 @@ from unspool.causal.visibility import Pass, Visibility
 
 @runtime_checkable
 class Cache(Protocol):
-    """The past of one batch of streams: begin a pass, then promote or discard what it staged."""
+    """The past of one batch of streams: begin a pass, then promote or discard what it staged.
+
+    A class that serves one way of committing only says which: a class attribute `commit`, as of `RolloutConfig`.
+    """
 
     visibility: Visibility
     """What may be read; a rollout replaces it when a switch forgets the past or moves the sink."""

@@ -41,7 +41,7 @@ class Recompute:
         compiled: bool = False,
     ) -> None:
         self.visibility, self.positions = visibility, positions
-        self._last: tuple[Pass, FullSequence] | None = None
+        self._last: tuple[Pass, Visibility, FullSequence] | None = None
 
     @property
     def frames(self) -> FrameSet:
@@ -54,10 +54,10 @@ class Recompute:
     def begin(self, segments: Pass) -> Context:
         """The context of one forward. Raises ValueError where a segment reads frames that are not in it."""
         known = tuple(replace(segment, sigma=0.0) for segment in segments)  # who reads whom does not depend on it
-        mask = self._mask(known)
-        if self._last is None or self._last[0] != known or self._last[1].mask is not mask:
-            self._last = (known, FullSequence(mask.num_frames, mask))
-        return self._last[1]
+        if self._last is None or self._last[:2] != (known, self.visibility):
+            mask = self._mask(known)
+            self._last = (known, self.visibility, FullSequence(mask.num_frames, mask))
+        return self._last[2]
 
     def _mask(self, segments: Pass) -> MaskSpec:
         return pass_mask(segments, self.visibility, self.positions)
@@ -80,18 +80,10 @@ class RecomputeBidirectional(Recompute):
     What OS-Fix and OS-Ext do: their networks are bidirectional. The visibility only says which past frames take part.
     """
 
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self._masks: dict[MaskSpec, MaskSpec] = {}
-
     def _mask(self, segments: Pass) -> MaskSpec:
         by_rule = super()._mask(segments)
-        if by_rule not in self._masks:
-            past = FrameSet.of(*(s.frames for s in segments[:-1]))
-            keys, own = self.positions.assign(segments[-1], past)
-            every, n = tuple(keys + own), by_rule.num_frames
-            block = MaskBlock(
-                queries=range(n), keys=FrameSet.of((0, n)), query_positions=every, key_positions=every, copies=0
-            )
-            self._masks = {by_rule: MaskSpec(n, (block,), by_rule.streams)}
-        return self._masks[by_rule]
+        past = FrameSet.of(*(s.frames for s in segments[:-1]))
+        keys, own = self.positions.assign(segments[-1], past)
+        every, n = tuple(keys + own), by_rule.num_frames
+        block = MaskBlock(queries=range(n), keys=FrameSet.of((0, n)), query_positions=every, key_positions=every)
+        return MaskSpec(n, (block,), by_rule.streams)

@@ -201,9 +201,11 @@ class Block(nn.Module):
         return self.attn.project(modulate(layer_norm(x, self.eps), shift, scale).to(x.dtype))
 
     def after_spatial(self, x: Tensor, out: Tensor, time: Tensor) -> Tensor:
+        """x [b, t n, dim] with the attention's `out`, of the same shape, projected and gated."""
         return gated_add(x, self.attn.proj(out), self._rows(time, 0)[2])
 
     def after_prefix(self, x: Tensor, out: Tensor, time: Tensor) -> Tensor:
+        """As `after_spatial`, for an attention over the prefix alone."""
         return gated_add(x, self.attn_cf.proj(out), self._rows(time, 0)[2])
 
     def before_temporal(self, x: Tensor, positions: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,11 +222,12 @@ class Block(nn.Module):
         return q, k, v
 
     def after_temporal(self, x: Tensor, out: Tensor, time: Tensor) -> Tensor:
-        """`out` [b n, t, heads, d]."""
+        """As `after_spatial`, of `out` [b n, t, heads, d]."""
         out = out.flatten(2).unflatten(0, (x.shape[0], -1)).transpose(1, 2).flatten(1, 2)
         return gated_add(x, self.attn_temp.proj(out), self._rows(time, 0)[2])
 
     def feed_forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [b, t n, dim] after the normed, modulated and gated MLP."""
         shift, scale, gate = self._rows(time, 3)
         return gated_add(x, self.mlp(modulate(layer_norm(x, self.eps), shift, scale).to(x.dtype)), gate)
 
