@@ -94,3 +94,27 @@ def test_rows_added_by_joining_are_not_read() -> None:
     for number, want in ((1, apart[:2]), (0, apart[2:])):
         got = said(by_prompt, x, torch.full((1, 1), number))
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_numbers_of_prompts_that_there_are_not_are_refused() -> None:
+    """Flattened over samples, number 1 of one prompt would be the next sample's."""
+    x, sigma = torch.zeros(2, 3, 4, *SIZE, dtype=torch.float64), torch.full((1, 1), 0.5, dtype=torch.float64)
+    one = NETWORK.prepare(words(4, batch=2))
+    for prompts, wrong in ((one, 1), (Prompts.join([one, one], 1), 2), (one, -1)):
+        for index in (torch.tensor([[0, wrong, 0]]), torch.full((2, 1), wrong)):
+            with pytest.raises(ValueError, match=f"0..{prompts.num_prompts - 1}"):
+                NETWORK(x, sigma, Conditioning(prompts=prompts, prompt_index=index), FullSequence(3))
+
+
+def test_the_null_caption_through_the_mask_of_a_caption() -> None:
+    text = torch.cat([words(4, 1, 2), torch.zeros(2, 3, 6, dtype=torch.float64)], 1)
+    text[1, 2:] = 0
+    null, seen = NETWORK.null_text(2), NETWORK.null_text(2, like=text)
+    assert null.shape == (2, 9, 6) and seen.shape == (2, 7, 6)
+    assert torch.equal(seen[0, :4], null[0, :4]) and torch.equal(seen[1, :2], null[1, :2])
+    assert not seen[0, 4:].any() and not seen[1, 2:].any()
+    read = NETWORK.prepare(seen).mask
+    assert read is not None and read.sum(-1).flatten().tolist() == [4, 2]
+    for wrong in (text[:1], words(10, batch=2), text[0]):
+        with pytest.raises(ValueError, match=r"expected \[2, 1..9 rows"):
+            NETWORK.null_text(2, like=wrong)
