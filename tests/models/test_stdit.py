@@ -18,6 +18,8 @@ from unspool.causal.mask import clean_prefix_mask
 from unspool.causal.position import Absolute
 from unspool.models.base import Backbone, Conditioning, Prompts
 from unspool.models.stdit.config import STDiTConfig
+from unspool.models.stdit.layers import position_features as temporal
+from unspool.models.stdit.layers import spatial_features
 from unspool.models.stdit.load import infer_config, load_stdit, save_stdit
 from unspool.models.stdit.network import STDiT
 
@@ -344,7 +346,8 @@ def test_a_saved_network_comes_back(tmp_path: Path) -> None:
 
 def published(tmp_path: Path, network: STDiT) -> Path:
     """A file without a config, with the tables that published ones carry."""
-    tables = {"pos_embed": torch.zeros(1, 6, 48), "pos_embed_temporal": torch.zeros(1, 16, 48)}
+    tables = {"pos_embed": spatial_features(2, 3, 48, 1.0), "pos_embed_temporal": temporal(torch.arange(16), 48, 1.0)}
+    tables = {name: table[None].float() for name, table in tables.items()}
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     save_file({**weights, **tables}, tmp_path / "open_sora.safetensors")
     return tmp_path / "open_sora.safetensors"
