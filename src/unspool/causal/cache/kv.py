@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unspool.causal.cache.slots import SlotTable, common_shift
 from unspool.causal.cache.snapshot import Snapshot
-from unspool.causal.cache.state import Entry, put_back, take
+from unspool.causal.cache.state import Entry, check, put_back, take
 from unspool.causal.cache.views import ADDED, FunctionalView, RingView, SegmentPlan
 from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Context, Site
@@ -361,6 +361,10 @@ class KVCache:
     def snapshot(self) -> Snapshot:
         """Copies of all that is promoted, with its place in the buffers (what is staged is not part of it)."""
         return take(self)
+
+    def check(self, snapshot: Snapshot, visibility: Visibility) -> None:
+        """Raise ValueError unless `restore` would take the snapshot once the cache sees `visibility`."""
+        check(self, snapshot, visibility)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of a cache of the same network, sizes and policies. Raises ValueError otherwise."""
