@@ -257,8 +257,9 @@ def stream_of(visibility: Visibility, name: str) -> Visibility:
         return visibility
     if not isinstance(visibility, Streamed) or name not in visibility.streams:
         raise ValueError(
-            f"attention stream {name!r}: {visibility} speaks of {[MAIN, *streams_of(visibility)]} only; wrap it, for "
-            "prefix-enhanced attention as PrefixEnhanced(base=..., frames=...)"
+            f"attention stream {name!r}: {visibility} speaks of {[MAIN, *streams_of(visibility)]} only; leave "
+            f"Site.stream at {MAIN!r} if these attentions read the same frames, else wrap it, for prefix-enhanced "
+            "attention as PrefixEnhanced(base=..., frames=...)"
         )
     return visibility.stream(name)
 

@@ -19,6 +19,7 @@ from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Context, Site
 from unspool.causal.position import PositionPolicy
 from unspool.causal.visibility import (
+    MAIN,
     Kind,
     Pass,
     Segment,
@@ -68,7 +69,8 @@ class KVCache:
         streams = {site.stream for site in sites}
         if len(streams) > 1:
             raise ValueError(
-                f"attention streams {sorted(streams)}: a KVCache keeps one; use the cache 'streams', which has one each"
+                f"attention streams {sorted(streams)}: a KVCache keeps one; leave Site.stream at {MAIN!r} for all that "
+                "read the same frames, else use the cache 'streams', which has one each"
             )
         self.sites = {site.index: site for site in sites}
         self.batch = batch
