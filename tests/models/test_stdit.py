@@ -197,7 +197,7 @@ def test_time_is_not_rounded_with_the_weights(process: Any) -> None:
         ]
         assert torch.equal(*outs) if process == "iddpm" else (outs[0] - outs[1]).abs().max() < 0.1
         assert outs[0].dtype == torch.float32
-    near = torch.full((1, 1), 0.747, dtype=torch.float64)
+    near = torch.full((1, 1), 0.748, dtype=torch.float64)
     far = network(clip().bfloat16(), near, silent(network), FullSequence(FRAMES))
     at = network(clip().bfloat16(), near + 0.001, silent(network), FullSequence(FRAMES))
     assert (far - at).abs().max() > 0, "neighbouring steps are told apart in bf16"
