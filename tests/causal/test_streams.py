@@ -111,6 +111,14 @@ def test_a_stream_of_which_nobody_speaks_is_refused() -> None:
     with pytest.raises(ValueError, match="which latent frames are clean"):
         q = torch.zeros(1, 14, 2, 4)
         FullSequence(7).attend(PREFIX, q, q, q, None)
+    for refused in (
+        lambda: stream_of(Window(window=6), "temporal"),
+        lambda: causal_mask(PLAN, 7, Full(), Absolute()).stream("temporal"),
+        lambda: FullSequence(7).attend(PREFIX, q, q, q, None),
+        lambda: KVCache([TEMPORAL, PREFIX], batch=1, tokens_per_frame=5, visibility=Full(), positions=Absolute()),
+    ):
+        with pytest.raises(ValueError, match=r"leave Site\.stream at 'self'"):
+            refused()
     with pytest.raises(ValueError, match="frames=0"):
         PrefixEnhanced(base=Full(), frames=0)
 
@@ -196,10 +204,19 @@ def test_slices_equal_a_softmax_written_out(stream: str, prefix: int) -> None:
 
 def test_backends_agree_where_they_can_say_it_and_refuse_where_not() -> None:
     mask = clean_prefix_mask(PLAN, 7, 4, SEES, Absolute())
-    for site in (TEMPORAL, PREFIX):
+    for site, rows in (
+        (TEMPORAL, ["0", "01", "012", "0123", "1234", "12345", "123456"]),
+        (PREFIX, ["0", "1", "2", "3", "23", "23", "23"]),
+    ):
         q, k, v = DRAWN.of(site, list(range(7)))
-        slices, dense = (FullSequence(7, mask, backend=b).attend(site, q, k, v, None) for b in ("slices", "dense"))  # type: ignore[arg-type]
-        torch.testing.assert_close(slices, dense, rtol=1e-12, atol=1e-12)
+        n = q.shape[1] // 7
+        table = torch.tensor([[str(frame) in row for frame in range(7)] for row in rows])
+        read = table.repeat_interleave(n, 0).repeat_interleave(n, 1).double().log()
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 2 + read
+        want = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+        for backend in ("slices", "dense"):
+            got = FullSequence(7, mask, backend=backend).attend(site, q, k, v, None)  # type: ignore[arg-type]
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     short = clean_prefix_mask(PLAN, 7, 1, SEES, Absolute()).stream(SEPARATE)
     with pytest.raises(ValueError, match="several times"):
         short.dense(5)

@@ -149,8 +149,15 @@ def test_the_cached_rollout_computes_what_was_trained() -> None:
 
 
 def test_gradients_reach_every_part_and_no_output_of_the_prefix() -> None:
-    net = network()
-    CleanPrefix(BASE, backbone=net).step(clips(), "student", 0, rng(2)).loss.backward()
+    net, outputs = network(), []
+    recorder = Recorder(net)
+    net.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    loss = CleanPrefix(BASE, backbone=recorder).step(clips(), "student", 0, rng(2)).loss
+    outputs[0].retain_grad()
+    loss.backward()
+    prefix = int((recorder.calls[0].sigma[0] == 0).sum())
+    to_outputs = outputs[0].grad.abs().amax((0, 2, 3, 4))
+    assert prefix >= 1 and (to_outputs[:prefix] == 0).all() and (to_outputs[prefix:] > 0).all()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
 
 

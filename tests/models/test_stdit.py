@@ -18,6 +18,8 @@ from unspool.causal.mask import clean_prefix_mask
 from unspool.causal.position import Absolute
 from unspool.models.base import Backbone, Conditioning, Prompts
 from unspool.models.stdit.config import STDiTConfig
+from unspool.models.stdit.layers import position_features as temporal
+from unspool.models.stdit.layers import spatial_features
 from unspool.models.stdit.load import infer_config, load_stdit, save_stdit
 from unspool.models.stdit.network import STDiT
 
@@ -195,7 +197,7 @@ def test_time_is_not_rounded_with_the_weights(process: Any) -> None:
         ]
         assert torch.equal(*outs) if process == "iddpm" else (outs[0] - outs[1]).abs().max() < 0.1
         assert outs[0].dtype == torch.float32
-    near = torch.full((1, 1), 0.747, dtype=torch.float64)
+    near = torch.full((1, 1), 0.748, dtype=torch.float64)
     far = network(clip().bfloat16(), near, silent(network), FullSequence(FRAMES))
     at = network(clip().bfloat16(), near + 0.001, silent(network), FullSequence(FRAMES))
     assert (far - at).abs().max() > 0, "neighbouring steps are told apart in bf16"
@@ -344,7 +346,8 @@ def test_a_saved_network_comes_back(tmp_path: Path) -> None:
 
 def published(tmp_path: Path, network: STDiT) -> Path:
     """A file without a config, with the tables that published ones carry."""
-    tables = {"pos_embed": torch.zeros(1, 6, 48), "pos_embed_temporal": torch.zeros(1, 16, 48)}
+    tables = {"pos_embed": spatial_features(2, 3, 48, 1.0), "pos_embed_temporal": temporal(torch.arange(16), 48, 1.0)}
+    tables = {name: table[None].float() for name, table in tables.items()}
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     save_file({**weights, **tables}, tmp_path / "open_sora.safetensors")
     return tmp_path / "open_sora.safetensors"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from stdit_tiny import SIZES, randomised, sees
 from torch import Tensor
 
+from unspool.causal.cache.snapshot import Snapshot
 from unspool.causal.cache.streams import StreamCaches
 from unspool.causal.chunks import ChunkPlan
 from unspool.causal.context import FullSequence, Site
@@ -273,6 +274,26 @@ def test_a_stream_goes_on_from_a_snapshot_bit_for_bit() -> None:
     second = stream()
     second.restore(first.snapshot())
     assert torch.equal(frames_of(first), frames_of(second))
+
+
+@pytest.mark.parametrize("side", ["self.keys.0", "prefix_only.values.1"])
+def test_a_refused_snapshot_leaves_every_stream_alone(side: str) -> None:
+    """Of a stream whose past was flushed, in which one stream of attentions does not fit."""
+    other = torch.randn(1, 4, 1, generator=torch.Generator().manual_seed(8))
+    first = stream(switches=[Switch(frame=7, text=other, policy="flush")])
+    for _ in range(4):
+        first.next_chunk()
+    taken = first.snapshot()
+    name = f"branches.0.{side}"
+    for tensors in ({n: t for n, t in taken.tensors.items() if n != name}, {**taken.tensors, name: torch.zeros(3)}):
+        target, same = stream(), stream()
+        for each in (target, same):
+            each.next_chunk()
+        sees = target.visibility
+        with pytest.raises(ValueError, match="snapshot"):
+            target.restore(Snapshot(tensors, taken.facts))
+        assert target.visibility is sees and target.branches.caches[0].visibility is sees
+        assert torch.equal(frames_of(target), frames_of(same))
 
 
 @pytest.mark.parametrize("policy", ["flush", "recache"])

@@ -26,7 +26,8 @@ Backend = Literal["slices", "dense", "flex"]
 class Site:
     """One attention of one layer, made once by the network that owns it.
 
-    Fields: `index` its row in a cache; `heads`, `head_dim`; `stream` names sites that share a visibility;
+    Fields: `index` its row in a cache; `heads`, `head_dim`; `stream` names sites that read the same frames, where a
+    visibility says for each name which (the default is what it says of itself, another name it must know);
     `rows` samples of attention per sample of the batch and `tokens_per_frame` where they differ from the latent's
     (attention over time alone has one row per spatial position and one token per latent frame). `rows=None`: as many
     as hold all tokens of a latent frame, at whatever resolution.
@@ -113,7 +114,8 @@ class FullSequence:
             if site.stream != MAIN:
                 raise ValueError(
                     f"attention stream {site.stream!r} needs to know which latent frames are clean, which a sequence "
-                    "without a mask does not; use clean_prefix_mask or teacher_forcing_mask, or a network without it"
+                    "without a mask does not; use clean_prefix_mask or teacher_forcing_mask, or leave Site.stream "
+                    f"at {MAIN!r} for an attention that reads all frames"
                 )
             return sdpa(q, k, v)
         mask = self.mask.stream(site.stream)

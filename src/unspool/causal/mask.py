@@ -58,8 +58,9 @@ class MaskSpec:
         masks = {MAIN: self, **dict(self.streams)}
         if name not in masks:
             raise ValueError(
-                f"attention stream {name!r}: this mask has {list(masks)} only; make it from a visibility that speaks "
-                "of that stream, such as PrefixEnhanced(base=..., frames=...)"
+                f"attention stream {name!r}: this mask has {list(masks)} only; leave Site.stream at {MAIN!r} if these "
+                "attentions read the same frames, else make it from a visibility that speaks of that stream, such as "
+                "PrefixEnhanced(base=..., frames=...)"
             )
         return masks[name]
 

@@ -7,10 +7,11 @@ not care (see `unspool.causal.cache.kv`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from unspool.causal.chunks import FrameSet
+from unspool.causal.newer import NEWER, brief
 from unspool.causal.visibility import Segment, Visibility, capacity_of
 
 
@@ -82,8 +83,10 @@ class Cyclic:
     """
 
     length: int
-    offset: int = 0
+    offset: int = field(default=0, metadata=NEWER)
     moves_keys: bool = False
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if self.length < 1:

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from unspool.causal.chunks import FrameSet
+from unspool.causal.newer import NEWER, brief
 
 Within: TypeAlias = Literal["full", "causal", "own", "none"]
 """What a latent frame reads of its own chunk: all of it, itself and the frames before it, itself, or nothing of it."""
@@ -137,7 +138,9 @@ class Window:
     commit_window: int | None = None
     commit_reads_sink: bool = True
     sink_start: int = 0
-    commit_within: Within | None = None
+    commit_within: Within | None = field(default=None, metadata=NEWER)
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.window < 1 or self.sink_start < 0:
@@ -254,8 +257,9 @@ def stream_of(visibility: Visibility, name: str) -> Visibility:
         return visibility
     if not isinstance(visibility, Streamed) or name not in visibility.streams:
         raise ValueError(
-            f"attention stream {name!r}: {visibility} speaks of {[MAIN, *streams_of(visibility)]} only; wrap it, for "
-            "prefix-enhanced attention as PrefixEnhanced(base=..., frames=...)"
+            f"attention stream {name!r}: {visibility} speaks of {[MAIN, *streams_of(visibility)]} only; leave "
+            f"Site.stream at {MAIN!r} if these attentions read the same frames, else wrap it, for prefix-enhanced "
+            "attention as PrefixEnhanced(base=..., frames=...)"
         )
     return visibility.stream(name)
 

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from unspool.causal.context import Context, Site
 from unspool.shapes import Latent, Pixels
@@ -60,19 +61,28 @@ class Prompts:
 
     @staticmethod
     def join(parts: list[Prompts], dim: int) -> Prompts:
-        """Concatenate along the batch (0) or along the prompts (1)."""
+        """Concatenate along the batch (0) or along the prompts (1); shorter texts get rows that are not read."""
+        rows = max(part.keys[0].shape[2] for part in parts)
+        parts = [part._padded(rows) for part in parts]
         layers = range(len(parts[0].keys))
-        masks = [_rows_read(part) for part in parts] if any(p.mask is not None for p in parts) else []
+        masks = [part._rows_read() for part in parts] if any(p.mask is not None for p in parts) else []
         return Prompts(
             mask=torch.cat(masks, dim) if masks else None,
             keys=tuple(torch.cat([p.keys[i] for p in parts], dim) for i in layers),
             values=tuple(torch.cat([p.values[i] for p in parts], dim) for i in layers),
         )
 
+    def _rows_read(self) -> Tensor:
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.keys[0].shape[:3], dtype=torch.bool, device=self.keys[0].device)
 
-def _rows_read(prompts: Prompts) -> Tensor:
-    shape = prompts.keys[0].shape[:3]
-    return torch.ones(shape, dtype=torch.bool, device=prompts.keys[0].device) if prompts.mask is None else prompts.mask
+    def _padded(self, rows: int) -> Prompts:
+        missing = rows - self.keys[0].shape[2]
+        if not missing:
+            return self
+        keys, values = (tuple(pad(t, (0, 0, 0, 0, 0, missing)) for t in each) for each in (self.keys, self.values))
+        return Prompts(keys=keys, values=values, mask=pad(self._rows_read(), (0, missing)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unspool.causal.cache.base import Cache
-from unspool.causal.cache.kv import KVCache
+from unspool.causal.cache.base import Cache, Checks
 from unspool.causal.cache.snapshot import Snapshot, merge
-from unspool.causal.cache.state import check
 from unspool.causal.visibility import Pass, Visibility
 from unspool.models.base import Backbone, Conditioning, Prompts, Text
 from unspool.rollout.guidance import Guidance, combine
@@ -130,8 +128,8 @@ class Branches:
                 f"snapshot of {snapshot.facts['count']} caches, expected {len(self.caches)}; use the same guidance mode"
             )
         for i, cache in enumerate(self.caches):
-            if isinstance(cache, KVCache):  # another cache refuses in its own restore()
-                check(cache, snapshot.nested(str(i)), visibility)
+            if isinstance(cache, Checks):  # another cache refuses in its own restore()
+                cache.check(snapshot.nested(str(i)), visibility)
 
     def restore(self, snapshot: Snapshot) -> None:
         for i, cache in enumerate(self.caches):

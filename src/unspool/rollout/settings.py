@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 from unspool.causal.cache.snapshot import describe
 from unspool.causal.chunks import ChunkPlan
+from unspool.causal.newer import NEWER, stated
 from unspool.causal.position import Absolute, PositionPolicy, check_circle
 from unspool.causal.visibility import Visibility, check_window
 from unspool.diffusion.flow import FlowMatching
@@ -44,7 +45,7 @@ class RolloutConfig:
     process: Process = field(default_factory=FlowMatching)
     first_schedule: Schedule | None = None
     sigma_commit: float = 0.0
-    commit_noise: float = 0.0
+    commit_noise: float = field(default=0.0, metadata=NEWER)
     commit: Literal["separate", "fused", "none", "recompute"] = "separate"
 
     def __post_init__(self) -> None:
@@ -94,8 +95,8 @@ class RolloutConfig:
     @property
     def fingerprint(self) -> str:
         """What a snapshot must agree with."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ", ".join(f"{name}={describe(v) if hasattr(v, '__dict__') else v!r}" for name, v in values.items())
+        parts = [f"{name}={describe(v) if hasattr(v, '__dict__') else v!r}" for name, v in stated(self).items()]
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from unspool.train.feed import Feed, to_device
 from unspool.train.optim import lr_factor
 from unspool.train.parallel import World, gather_after, global_norm, local, start_world, sync_gradients, whole
 from unspool.train.progress import Display, Sink, Window
-from unspool.train.recipe import Recipe, flat
+from unspool.train.recipe import Recipe
 from unspool.train.rng import seed_step, step_rng
 from unspool.train.state import TrainState, require_same
 from unspool.train.stop import Stop
@@ -83,7 +83,7 @@ class Trainer:
             if saved.state.get("class") != type(recipe).__qualname__:
                 raise ValueError(f"{saved.path} is of a recipe {saved.state.get('class')}, "
                                  f"expected {type(recipe).__qualname__}; begin another run with --out")  # fmt: skip
-            require_same(flat(recipe), saved, recipe.harmless)
+            require_same(recipe, saved)
         seed_step(self._train.seed, 0, "build", 0, self.device)
         self.method = recipe.build_method(self.device)
         self.state = TrainState(self.method, self._train, self.world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,6 +89,30 @@ def _check_signature(name: str, made: Any) -> None:
         raise ValueError(f"{name!r}: {error}; expected a function of no arguments that returns a Recipe") from None
     except ValueError:  # no signature to look at
         return
+
+
+def with_defaults(config: Any, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved`, the plain data of an earlier dataclass like `config`, with the fields that it lacks at their defaults.
+
+    A field added later has the earlier behaviour as its default, so its absence means that. A nested dataclass is
+    filled only where both have one: None is not a dataclass of defaults.
+    """
+    from unspool.config import to_dict
+
+    found, twin, absent = dict(saved), copy.copy(config), []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in found:
+            if dataclasses.is_dataclass(value) and isinstance(found[field.name], Mapping):
+                found[field.name] = with_defaults(value, found[field.name])
+        elif field.init and field.default is not dataclasses.MISSING:
+            object.__setattr__(twin, field.name, field.default)
+            absent.append(field.name)
+        elif field.init and field.default_factory is not dataclasses.MISSING:
+            object.__setattr__(twin, field.name, field.default_factory())
+            absent.append(field.name)
+    plain = to_dict(twin)
+    return found | {name: plain[name] for name in absent}
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:

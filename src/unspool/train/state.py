@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from unspool.train.ema import Ema
 from unspool.train.optim import RoleOptimizer
 from unspool.train.parallel import World, gather_after, local, shard_network
 from unspool.weights.report import compare
+
+if TYPE_CHECKING:
+    from unspool.train.recipe import Recipe
 
 LOOP_FIELDS = (
     "steps", "accumulate", "device", "compile", "gradient_checkpointing", "log_every", "save_every", "save_minutes",
@@ -156,15 +159,15 @@ def prepare(network: nn.Module, train: TrainConfig, world: World, *, offload: bo
     shard_network(network, world, dtype=torch.bfloat16 if train.dtype == "bf16" else None, offload=offload)
 
 
-def require_same(ours: Mapping[str, object], saved: Saved, harmless: tuple[str, ...]) -> None:
-    """Raise ValueError naming the first fields in which the configuration of a checkpoint differs from ours.
+def require_same(recipe: Recipe, saved: Saved) -> None:
+    """Raise ValueError naming the first fields in which the configuration of a checkpoint differs from the recipe.
 
-    `harmless` keys, and all keys below them, may differ.
+    `recipe.harmless` keys, and all keys below them, may differ. A field that there was not yet had its default.
     """
-    from unspool.train.recipe import flat
+    from unspool.train.recipe import flat, with_defaults
 
-    theirs = flat(saved.state["config"])
-    allowed = tuple(f"train.{name}" for name in LOOP_FIELDS) + harmless
+    ours, theirs = flat(recipe), flat(with_defaults(recipe, saved.state["config"]))
+    allowed = tuple(f"train.{name}" for name in LOOP_FIELDS) + recipe.harmless
     differing = [
         key
         for key in dict.fromkeys([*ours, *theirs])

@@ -44,6 +44,15 @@ class Cache(Protocol):
     def restore(self, snapshot: Snapshot) -> None: ...
 
 
+@runtime_checkable
+class Checks(Protocol):
+    """What a cache adds so that a rollout that refuses a snapshot is left as it was."""
+
+    def check(self, snapshot: Snapshot, visibility: Visibility) -> None:
+        """Raise ValueError unless the cache, once it sees `visibility`, can be restored; changes nothing."""
+        ...
+
+
 CacheFactory: TypeAlias = Callable[..., Cache]
 """Called with the sites and the keywords of `KVCache`: batch, tokens_per_frame, visibility, positions, dtype, device,
 compiled."""

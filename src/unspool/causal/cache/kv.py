@@ -13,12 +13,13 @@ from torch import Tensor
 
 from unspool.causal.cache.slots import SlotTable, common_shift
 from unspool.causal.cache.snapshot import Snapshot
-from unspool.causal.cache.state import Entry, put_back, take
+from unspool.causal.cache.state import Entry, check, put_back, take
 from unspool.causal.cache.views import ADDED, FunctionalView, RingView, SegmentPlan
 from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Context, Site
 from unspool.causal.position import PositionPolicy
 from unspool.causal.visibility import (
+    MAIN,
     Kind,
     Pass,
     Segment,
@@ -68,7 +69,8 @@ class KVCache:
         streams = {site.stream for site in sites}
         if len(streams) > 1:
             raise ValueError(
-                f"attention streams {sorted(streams)}: a KVCache keeps one; use the cache 'streams', which has one each"
+                f"attention streams {sorted(streams)}: a KVCache keeps one; leave Site.stream at {MAIN!r} for all that "
+                "read the same frames, else use the cache 'streams', which has one each"
             )
         self.sites = {site.index: site for site in sites}
         self.batch = batch
@@ -367,6 +369,10 @@ class KVCache:
     def snapshot(self) -> Snapshot:
         """Copies of all that is promoted, with its place in the buffers (what is staged is not part of it)."""
         return take(self)
+
+    def check(self, snapshot: Snapshot, visibility: Visibility) -> None:
+        """Raise ValueError unless `restore` would take the snapshot once the cache sees `visibility`."""
+        check(self, snapshot, visibility)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of a cache of the same network, sizes and policies. Raises ValueError otherwise."""

@@ -64,13 +64,14 @@ def check(cache: KVCache, snapshot: Snapshot, visibility: Visibility | None = No
             site.heads,
             site.head_dim,
         )
-        found = snapshot.tensors.get(f"keys.{index}")
-        if found is None or tuple(found.shape) != shape or found.dtype != cache.dtype:
-            got = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
-            raise ValueError(
-                f"snapshot: site {index} has {got}, expected {shape} {cache.dtype}; restore it into a cache of the "
-                "same network, batch, latent size and dtype"
-            )
+        for name in ("keys", "values"):
+            found = snapshot.tensors.get(f"{name}.{index}")
+            if found is None or tuple(found.shape) != shape or found.dtype != cache.dtype:
+                got = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+                raise ValueError(
+                    f"snapshot: site {index} has {name} {got}, expected {shape} {cache.dtype}; restore it into a cache "
+                    "of the same network, batch, latent size and dtype"
+                )
 
 
 def put_back(cache: KVCache, snapshot: Snapshot) -> None:

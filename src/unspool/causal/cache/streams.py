@@ -14,7 +14,6 @@ from torch import Tensor
 
 from unspool.causal.cache.kv import BLOCK_FRAMES, KVCache
 from unspool.causal.cache.snapshot import Snapshot, merge
-from unspool.causal.cache.state import check
 from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Context, Site
 from unspool.causal.position import PositionPolicy
@@ -117,14 +116,18 @@ class StreamCaches:
         parts = {name: cache.snapshot() for name, cache in self.caches.items()}
         return merge(parts, {"streams": sorted(parts)})
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """As `KVCache.restore`; nothing is changed unless every stream fits."""
+    def check(self, snapshot: Snapshot, visibility: Visibility) -> None:
+        """Raise ValueError unless every stream can be restored once the caches see `visibility`."""
         if snapshot.facts.get("streams") != sorted(self.caches):
             raise ValueError(
                 f"snapshot of the streams {snapshot.facts.get('streams')}: expected {sorted(self.caches)}; restore it "
                 "into a cache of the same network"
             )
         for name, cache in self.caches.items():
-            check(cache, snapshot.nested(name))
+            cache.check(snapshot.nested(name), stream_of(visibility, name))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """As `KVCache.restore`; nothing is changed unless every stream fits."""
+        self.check(snapshot, self.visibility)
         for name, cache in self.caches.items():
             cache.restore(snapshot.nested(name))

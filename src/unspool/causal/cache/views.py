@@ -29,7 +29,7 @@ ADDED = (
     "these positions move keys after they were written, but this network adds positions to its hidden state and does "
     "not rotate keys, so they cannot be moved; use positions that stay: Absolute or Cyclic"
 )
-_ALL = -1  # number of the piece of all slots, beside those of the groups
+_ALL, _EACH = -1, -2  # numbers of the piece of all slots, and of those of all groups in turn, beside the groups
 OVER = "this view is over: its cache has begun, promoted or discarded a pass since; use the view of the last begin()"
 
 
@@ -97,7 +97,8 @@ class RingView:
         # call per group, which besides has to gather its keys once the window is full (43 times, on a CPU).
         every = sorted(past + own)
         self._whole = _piece(slice(0, len(own)), every)
-        self._single = None if len(self._pieces) == 1 or plan.copies else _reads(self._pieces, every, cache.device)
+        self._is_single = len(self._pieces) > 1 and not plan.copies
+        self._single: Tensor | None = None
         self._index: dict[int, Tensor] = {}  # tokens per frame -> token slots written
         self._gather: dict[tuple[int, int], Tensor] = {}
         self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
@@ -134,8 +135,13 @@ class RingView:
             cos, sin = self._table(rope)
             q = self._stage(q, k, v, cos, sin, entry.keys, entry.values, index)
         self._written.add(site.index)
-        if n == 1 and self._single is not None:
+        if n == 1 and self._is_single:
+            if self._single is None:
+                self._single = _reads(self._pieces, list(self._whole.slots), cache.device)
             return sdpa(q, *self._read(_ALL, self._whole, entry.keys, entry.values, n), self._single)
+        if self.plan.within == "own" and len(self._pieces) > 1:  # as many keys for every frame: frames are a batch
+            keys, values = self._read(_EACH, self._each(), entry.keys, entry.values, n)
+            return _frame_by_frame(q, keys, values, len(self._pieces))
         outputs = []
         for number, piece in enumerate(self._pieces):
             own = q if len(self._pieces) == 1 else q[:, piece.queries.start * n : piece.queries.stop * n]
@@ -150,6 +156,10 @@ class RingView:
         if key not in self._gather:
             self._gather[key] = _token_slots(piece.slots, n, self.cache.device)
         return keys.index_select(1, self._gather[key]), values.index_select(1, self._gather[key])
+
+    def _each(self) -> Piece:
+        """The slots of every group, one behind the other."""
+        return Piece(self._whole.queries, None, tuple(slot for piece in self._pieces for slot in piece.slots))
 
     def _token_index(self, n: int) -> Tensor:
         if n not in self._index:
@@ -181,6 +191,7 @@ class FunctionalView:
         self._slots, self._baked = dict(cache.slots.promoted), dict(cache.slots.baked)
         self._tables: dict[tuple[Rope, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._index: dict[int, Tensor] = {}
+        self._masks: dict[tuple[int, torch.device], Tensor] = {}  # by where its segment begins
         self._past: dict[int, tuple[Tensor, Tensor]] = {}
         self._staged: dict[int, tuple[Tensor, Tensor]] = {}
         if frozen and any(f in cache.graph for f in self._held):
@@ -259,17 +270,27 @@ class FunctionalView:
                 keys[i] = _shifted(keys[i], shift, rope)
         keys, values = keys[:1] * plan.copies + keys, values[:1] * plan.copies + values
         groups, count = own_reads(plan.within, len(plan.segment.frames)), len(plan.segment.frames)
+        whole = slice(offset * n, (offset + count) * n)
         if n == 1 and len(groups) > 1:
-            own = slice(offset, offset + count)
-            mask = torch.tensor([[True] * len(keys) + [i in seen for i in range(count)] for _, seen in groups])
-            both = torch.cat([*keys, k[:, own]], 1), torch.cat([*values, v[:, own]], 1)
-            return [sdpa(q[:, own], *both, to_device(mask, q.device))]
+            both = torch.cat([*keys, k[:, whole]], 1), torch.cat([*values, v[:, whole]], 1)
+            return [sdpa(q[:, whole], *both, self._mask(offset, len(keys), groups, q.device))]
+        if plan.within == "own" and count > 1:
+            each = (_beside(keys, k[:, whole], count), _beside(values, v[:, whole], count))
+            return [_frame_by_frame(q[:, whole], *each, count)]
         outputs = []
         for group, seen in groups:
             own = slice((offset + seen.start) * n, (offset + seen.stop) * n)
             queries = q[:, (offset + group.start) * n : (offset + group.stop) * n]
             outputs.append(sdpa(queries, torch.cat([*keys, k[:, own]], 1), torch.cat([*values, v[:, own]], 1)))
         return outputs
+
+    def _mask(self, offset: int, past: int, groups: list[tuple[range, range]], device: torch.device) -> Tensor:
+        """What the frames of the segment at `offset` read, bool [frames, past + frames]; made once for all layers."""
+        key = (offset, device)
+        if key not in self._masks:
+            reads = [[True] * past + [i in seen for i in range(len(groups))] for _, seen in groups]
+            self._masks[key] = to_device(torch.tensor(reads), device)
+        return self._masks[key]
 
     def _where(self, plan: SegmentPlan) -> list[tuple[bool, int]]:
         """Per past frame: does it come from the cache, and its index among the held or the own frames."""
@@ -321,6 +342,19 @@ def _frame(x: Tensor, at: int, n: int) -> Tensor:
 def _replace(x: Tensor, frames: dict[int, Tensor], n: int) -> Tensor:
     count = x.shape[1] // n
     return torch.cat([frames.get(i, _frame(x, i, n)) for i in range(count)], dim=1)
+
+
+def _beside(past: list[Tensor], own: Tensor, count: int) -> Tensor:
+    """The past, then one of the `count` own frames, for each of them: one behind the other."""
+    frames = own.unflatten(1, (count, -1))
+    held = [x[:, None].expand(-1, count, -1, -1, -1) for x in past]
+    return torch.cat([*held, frames], 2).flatten(1, 2)
+
+
+def _frame_by_frame(q: Tensor, keys: Tensor, values: Tensor, count: int) -> Tensor:
+    """Attention of `count` frames, each over its own of `count` equal parts of the keys, in one call."""
+    parts = (x.unflatten(1, (count, -1)).flatten(0, 1) for x in (q, keys, values))
+    return sdpa(*parts).unflatten(0, (-1, count)).flatten(1, 2)
 
 
 def _piece(queries: slice, slots: list[int]) -> Piece:

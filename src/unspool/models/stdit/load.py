@@ -1,6 +1,6 @@
 """STDiT files: own ones with the config in the header, and those of Open-Sora v1 and Ca2-VDM, whose names are ours.
 
-Position tables in published files are left out: they are computed for any size and any position.
+Position tables in published files are compared and left out: they are computed for any size and any position.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from unspool.models.stdit.config import STDiTConfig
 from unspool.models.stdit.network import STDiT
+from unspool.models.stdit.tables import check_tables, scales_of
 from unspool.weights.read import Checkpoint, read_checkpoint
 from unspool.weights.report import LoadReport, Mismatch, Shapes, compare, load_into
 from unspool.weights.write import save_file
 
 CLASS_NAME = "STDiT"
 DERIVED = ("pos_embed", "pos_embed_temporal", "bov_token")
-"""Published entries that hold nothing learned."""
+"""Published entries that hold nothing learned; the tables among them tell the scales of positions."""
 
 ADDED = ("attn_cf", "attn_temp_pre_merge")
 """Parts that a causal network has and the bidirectional one that it starts from has not."""
@@ -50,19 +52,20 @@ def load_stdit(
 ) -> STDiT:
     """The network in a file of `save_stdit`, or in a published .safetensors or .pth.
 
-    `config` None: the file's header, else its shapes (which do not show `num_heads`; 16 at width 1152). `which` picks
-    the container key. `partial` starts one network from another: prefix-enhanced attention and mask merge that the
-    file lacks keep their first values, text and prefix parts that the network lacks are left out, and an output
-    without variance takes the rows of the mean. `dtype` None keeps the file's.
+    `config` None: the file's header, else its shapes (which do not show `num_heads`; 16 at width 1152) and the scales
+    of its position tables. `which` picks the container key. `partial` starts one network from another: prefix-enhanced
+    attention and mask merge that the file lacks keep their first values, text and prefix parts that the network lacks
+    are left out, and an output without variance takes the rows of the mean. `dtype` None keeps the file's.
 
-    Raises FileNotFoundError, or ValueError for a damaged file, another kind of network, or missing, unexpected or
-    misshapen tensors.
+    Raises FileNotFoundError, or ValueError for a damaged file, another kind of network, missing, unexpected or
+    misshapen tensors, or position tables of other scales than the config's.
     """
     found = read_checkpoint(path, which=which)
     tensors = {name: tensor for name, tensor in found.tensors.items() if name not in DERIVED}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if config is None:
         config = _config_of(found, shapes, num_heads)
+    check_tables(found.tensors, config, found.source)
     with torch.device("meta"):
         network = STDiT(config)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -80,7 +83,10 @@ def load_stdit(
 
 
 def infer_config(shapes: Shapes, *, num_heads: int | None = None) -> STDiTConfig:
-    """The sizes and parts of a state dict. Raises ValueError when a tensor is absent or the heads are undecidable."""
+    """The sizes and parts of a state dict, whose shapes show no scale of positions (1 here).
+
+    Raises ValueError when a tensor is absent or the heads are undecidable.
+    """
     wanted = (
         "x_embedder.proj.weight",
         "final_layer.linear.weight",
@@ -118,7 +124,7 @@ def infer_config(shapes: Shapes, *, num_heads: int | None = None) -> STDiTConfig
 def _config_of(found: Checkpoint, shapes: Shapes, num_heads: int | None) -> STDiTConfig:
     stated = found.config if "config" in found.metadata else None
     if stated is None:
-        return infer_config(shapes, num_heads=num_heads)
+        return replace(infer_config(shapes, num_heads=num_heads), **scales_of(found.tensors))
     if stated.get("_class_name") != CLASS_NAME:
         raise ValueError(
             f"{found.source} holds {stated.get('_class_name', 'an unnamed network')}, expected {CLASS_NAME}"

@@ -131,11 +131,25 @@ class STDiT(nn.Module):
             )
         return rows // ph, columns // pw
 
-    def null_text(self, batch: int) -> Tensor:
-        """States [batch, rows, caption_dim] of the learned null caption, for the unconditional branch."""
+    def null_text(self, batch: int, *, like: Tensor | None = None) -> Tensor:
+        """States [batch, rows, caption_dim] of the learned null caption, for the unconditional branch.
+
+        All its rows are read, unless `like`, states [batch, rows, channels] of the captions it stands beside, is given:
+        then as many rows as each caption has, as the published sampler reads the null caption through the mask of the
+        caption (there `negative=network.null_text(b, like=text)`). Raises ValueError without text in the network, or
+        for captions of another batch or of more rows.
+        """
         if not self.config.caption_dim:
             raise ValueError("this network has no text; it needs no null caption, and guidance has no meaning")
-        return self.y_embedder.y_embedding.expand(batch, -1, -1)
+        null = self.y_embedder.y_embedding.expand(batch, -1, -1)
+        if like is None:
+            return null
+        if like.ndim != 3 or like.shape[0] != batch or not 1 <= like.shape[1] <= null.shape[1]:
+            raise ValueError(
+                f"captions of shape {tuple(like.shape)}: expected [{batch}, 1..{null.shape[1]} rows, channels]"
+            )
+        read = (like != 0).any(-1, keepdim=True).to(null.device)
+        return torch.where(read, null[:, : like.shape[1]], 0.0)
 
     def prepare(self, text: Text | Tensor) -> Prompts:
         """Keys and values of every cross-attention for text states [b, prompts, rows, caption_dim].
@@ -214,13 +228,15 @@ class STDiT(nn.Module):
     def _caption_rows(self, cond: Conditioning, batch: int, count: int) -> Tensor | None:
         """Flat indices of the prompt of every latent frame, or None when all follow the only prompt."""
         index = cond.prompt_index
-        if index is not None and (
-            index.ndim != 2 or index.shape[0] not in (1, batch) or index.shape[1] not in (1, count)
-        ):
-            raise ValueError(
-                f"prompt_index of shape {tuple(index.shape)}: expected [{batch} or 1, {count} or 1], the number of a "
-                "prompt for every latent frame"
-            )
+        if index is not None:
+            fits = index.ndim == 2 and index.shape[0] in (1, batch) and index.shape[1] in (1, count)
+            # On a GPU the values are not looked at: that would wait for it.
+            known = not fits or index.device.type != "cpu" or index.numel() == 0
+            if not fits or not (known or bool(((index >= 0) & (index < cond.prompts.num_prompts)).all())):
+                raise ValueError(
+                    f"prompt_index of shape {tuple(index.shape)}: expected [{batch} or 1, {count} or 1] with values "
+                    f"0..{cond.prompts.num_prompts - 1}, the number of a prompt for every latent frame"
+                )
         if cond.prompts.num_prompts == 1:
             return None
         if index is None:
