@@ -4,15 +4,18 @@
     python bench/ablation.py --out runs/ablation --arms ode,full      some of them
     python bench/ablation.py --out runs/ablation --table              what is there so far
 
-Needs the codec and the text encoder of the 64 px stage (`unspool stage-model --until text`). Base networks and data are
-made once per seed. Every arm starts from the same weights, sees the same clips and the same prompts, and is judged on
-the same prompts and noise; arms differ in what their line says. Seed 0 also gives a picture of some arms on the same
-prompts and noise. Last line of the output: JSON.
+Needs codec and text encoder of the 64 px stage (`unspool stage-model --until text`). Base networks are made once per
+seed. Arms of a seed start from the same causal network and are judged on the same prompts and noise, in the window
+that they were trained with; they differ in what their line says. Two differences follow from the methods: paths are
+sampled for the first `--paths` clips only (consistency sees all), and an arm without first few-step weights has had
+their training steps less, as in the paper. Seed 0 also gives a picture of some arms on the same prompts and noise.
+Last line of the output: JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from dataclasses import dataclass, replace
@@ -70,7 +73,9 @@ ARMS: dict[str, Arm] = {
     "causal": Arm("causal, teacher forcing, 24 steps with guidance", 24, "", ""),
     "ode": Arm("ODE regression alone", init="ode", loss=""),
     "consistency": Arm("causal consistency alone", init="consistency", loss=""),
-    "no_init": Arm("DMD on noised data from the causal network, no few-step init", init=""),
+    "no_init": Arm(
+        "DMD on noised data from the causal network, no few-step init (600 steps, others 800 + 600)", init=""
+    ),
     "full": Arm("CausVid: ODE init, DMD on noised data, bidirectional teacher"),
     "causal_teacher": Arm("as full, the score of the causal network", teacher="causal"),
     "rollout": Arm("Self-Forcing: ODE init, DMD on rollouts", loss="rollout"),
@@ -89,6 +94,7 @@ class Ablation:
         self.out, self.stage, self.seed, self.overrides, self.count = out, stage, seed, overrides, paths
         self.home = out / f"seed-{seed}"
         self.latents, self.text = out / "latents", stage / "text.safetensors"
+        self.checked: set[Path] = set()  # trainings that are done and as they are asked for
 
     def own(self, part: str) -> list[str]:
         """Changes that the command line makes to a part: "train.steps=3" to all, "dmd:train.steps=3" to one."""
@@ -101,15 +107,19 @@ class Ablation:
         encode_source(source, codec, self.latents, fps=16.0, limit=clips, batch=32, bf16=True)
 
     def trained(self, name: str, part: str, recipe: Any) -> Path:
-        """Weights of a training, run where it is not finished."""
+        """Weights of a training, run where it is not finished. Raises ValueError for a folder of other settings."""
         folder = self.home / name
-        file = folder / "student.safetensors"
-        if not file.is_file():
-            began = time.monotonic()
+        if folder not in self.checked:
             recipe = replace(recipe, text=str(self.text), train=replace(recipe.train, seed=self.seed))
-            Trainer(apply_overrides(recipe, self.own(part)), folder, name=name).run()
-            print(f"{self.home.name}: {name} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
-        return file
+            recipe, began = apply_overrides(recipe, self.own(part)), time.monotonic()
+            trainer = Trainer(recipe, folder, name=name)
+            before, ended = trainer.step, trainer.run()
+            if not ended.is_done:
+                raise SystemExit(f"{self.home.name}: {name} stopped at step {ended.step}; run the same again to go on")
+            if ended.step > before:
+                print(f"{self.home.name}: {name} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
+            self.checked.add(folder)
+        return folder / "student.safetensors"
 
     def small(self) -> WanConfig:
         return network(dim=128, layers=6, heads=2)
@@ -185,23 +195,26 @@ class Ablation:
         from unspool.evaluate.protocol import ClipProtocol, StageProtocol, StreamProtocol
         from unspool.evaluate.report import summarise
         from unspool.evaluate.runner import Arm as Tested
+        from unspool.evaluate.runner import mark, scorer_mark
         from unspool.evaluate.stage import Evaluation
         from unspool.weights.read import read_checkpoint
 
+        weights = self.weights(name, arm)
+        made_of = mark(hashlib.sha256(weights.read_bytes()).hexdigest(), LATENTS, arm.steps, scorer_mark())
         kept = self.home / "scores" / f"{name}-{prompts}-{streams}.json"
-        if kept.is_file():
-            return json.loads(kept.read_text(encoding="utf-8"))
+        if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))).get("made_of") == made_of:
+            return found
         few = None if arm.steps > 8 else StepList(steps=LISTS[arm.steps], shift=SHIFT)
         folder = self.home / "models" / name
         write_folder(
             folder, kind="bidirectional" if name == "teacher" else "causal", size_px=64, network=self.small(),
-            weights=read_checkpoint(self.weights(name, arm)).tensors, codec=self.stage / "codec.safetensors",
-            text=self.text, few=few,
+            weights=read_checkpoint(weights).tensors, codec=self.stage / "codec.safetensors", text=self.text, few=few,
+            window=LATENTS,
         )  # fmt: skip
         config = StageProtocol(
             stage=STAGE, batch=32,
             clips=ClipProtocol(prompts=prompts, held_out=0, sprites=(1.0,), frames=FRAMES, unconditional=0),
-            streams=StreamProtocol(prompts=max(streams, 1), seconds=20.0, segment_s=2.0),
+            streams=StreamProtocol(prompts=max(streams, 1), seconds=20.0, segment_s=5.0),
         )  # fmt: skip
         tested = Tested(name="student", pipeline=load(folder), steps=None if few else arm.steps)
         evaluation = Evaluation(config, tested, folder=self.home / "evaluation" / name)
@@ -210,7 +223,7 @@ class Ablation:
             summary = summarise(evaluation, evaluation.run(parts))
         self.keep_samples(name, evaluation.samples(SHOWN))
         clips = summary.clips["test"]["student"]["all"]
-        found: dict[str, Any] = {m: clips[m].value for m in ("adherence", "strict", "psnr", "permanence")}
+        found = {"made_of": made_of, **{m: clips[m].value for m in ("adherence", "strict", "psnr", "permanence")}}
         found["motion"] = clips["motion_over_truth"].value
         if summary.streams:
             ends = summary.streams["student"]
@@ -286,13 +299,17 @@ def main() -> None:
             kept = ablation.home / "scores" / f"{name}-{args.prompts}-{args.streams}.json"
             if args.table and not kept.is_file():
                 continue
-            results.setdefault(name, []).append(ablation.scores(name, ARMS[name], args.prompts, args.streams))
+            found = json.loads(kept.read_text(encoding="utf-8")) if args.table else ablation.scores(
+                name, ARMS[name], args.prompts, args.streams
+            )  # fmt: skip
+            results.setdefault(name, []).append(found)
             print(f"seed {seed}, {name}: {results[name][-1]}", flush=True)
     picture(Ablation(args.out, args.stage, 0, args.overrides), args.out / "arms.png")
     text = table(results)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    print(json.dumps({"prompts": args.prompts, "streams": args.streams, "results": results}))
+    setting = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print(json.dumps({"setting": setting, "torch": str(torch.__version__), "results": results}))
 
 
 if __name__ == "__main__":

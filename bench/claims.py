@@ -95,8 +95,9 @@ def run(pipeline: Pipeline, *, decode: bool) -> Times:
     while made < CLIP:
         latents = one.rollout.next_chunk().latents
         for piece in latents.split(chunk, dim=1):  # a whole clip's first frames need not wait for the last ones
-            if decode:
-                one.decoder.next(piece)
+            for part in piece.split(1 if pipeline.spec.is_causal else chunk, dim=1):  # as each is really streamed
+                if decode:
+                    one.decoder.next(part)
             synchronise(pipeline)
             first = time.perf_counter() - began if math.isnan(first) else first
             made += piece.shape[1]

@@ -102,6 +102,20 @@ def test_any_step_is_the_same_without_the_steps_before_and_on_any_rank(tmp_path:
     assert torch.equal(torch.stack([p.latents[i] for i in range(2) for p in parts]), run[3].latents)
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_clips_whose_prompt_does_not_change_may_be_left_out(tmp_path: Path, in_memory: bool) -> None:
+    write(tmp_path, range(9))
+    source = opened(tmp_path, prompts=2, in_memory=in_memory)
+    assert len(source) == 6
+    seen = {i for step in range(3) for i in source.batch(step, 2).indices.tolist()}
+    assert seen == {1, 2, 4, 5, 7, 8}
+    assert torch.equal(source.clips([1]).latents[0], clip(2)["latents"])
+    with pytest.raises(ValueError, match="no clip has more than 3"):
+        opened(tmp_path, prompts=4)
+    with pytest.raises(ValueError, match="at least 1"):
+        opened(tmp_path, prompts=0)
+
+
 def _crop_starts(source: LatentShards, steps: int) -> set[int]:
     found = set()
     for step in range(steps):

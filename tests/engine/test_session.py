@@ -90,6 +90,15 @@ def test_reset_is_a_new_session() -> None:
     assert session.prompt == RED and (chunks(session, 2) == shared().generate(RED, chunks=2, seed=5).frames).all()
 
 
+def test_a_reset_that_fails_changes_nothing() -> None:
+    session = shared().session(RED, seed=4)
+    made = [session.next_chunk()]
+    with pytest.raises(ValueError, match="seed"):
+        session.reset(seed=-1)
+    made.append(session.next_chunk())
+    assert session.seed == 4 and (np.concatenate(made) == shared().generate(RED, chunks=2, seed=4).frames).all()
+
+
 def test_a_cancelled_chunk_is_made_again() -> None:
     asked = iter([False, False, False, True])
     session = shared().session(RED, cancel=lambda: next(asked, False))

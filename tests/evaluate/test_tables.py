@@ -53,6 +53,13 @@ def stream(adherence: list[float], strict: list[float], psnr: list[float], speed
     return out
 
 
+def test_a_stream_that_has_lost_its_sprites_does_not_move() -> None:
+    """Not: is left out, as if those that still move were all."""
+    truth = Row([0, 1], [1, 1], [stream([1.0], [1.0], [60.0], [2.0])] * 2)
+    own = Row([0, 1], [1, 1], [stream([1.0], [1.0], [60.0], [2.0]), stream([0.0], [0.0], [60.0], [float("nan")])])
+    assert lasting_table({TRUTH: truth, STUDENT: own}, 5.0, 1.0, RESAMPLES)[STUDENT]["motion_lowest"].value == 0.5
+
+
 def test_what_a_stream_loses_and_when_it_fails() -> None:
     """Segments of 5 s, training clips of 1 s: ten of them end with segment 1, fifty with segment 9."""
     ten, still = [1.0] * 10, [2.0] * 10
@@ -83,7 +90,7 @@ def test_streams_that_never_were_right_have_no_time_to_fail() -> None:
     rows[STUDENT] = Row([0], [1], [stream([0.5, 0.5], [0, 0], [math.nan] * 2, [math.nan] * 2)])
     found = lasting_table(rows, 5.0, 5.0, RESAMPLES)[STUDENT]
     assert found["right_at_first"].value == 0 and found["then_never_failed"].n == 0
-    assert math.isnan(found["then_right_for_s_p50"].value) and math.isnan(found["motion_lowest"].value)
+    assert math.isnan(found["then_right_for_s_p50"].value) and found["motion_lowest"].value == 0
     assert set(survival_table(rows, 5.0)) == {TRUTH}
 
 

@@ -342,6 +342,7 @@ def test_a_long_rollout_may_change_its_prompt_where_the_clip_has_another() -> No
         follows = made.prompts.index
         if codec.encoded:
             assert not follows[1].any() and (follows[0, 1:] >= follows[0, :-1]).all()
+            assert follows[0, -1] == 1, "near enough to what is scored to be seen in it"
             found.add(tuple(follows[0].tolist()))
     assert len(found) >= 2
 

@@ -17,9 +17,11 @@ from unspool.data.shards import LatentShards, LatentShardsConfig
 from unspool.data.trajectories import TrajectoryConfig, TrajectoryShards, write_trajectories
 from unspool.diffusion.schedule import uniform
 from unspool.models.caption import CaptionConfig, CaptionEncoder
+from unspool.models.taehv import Taehv
 from unspool.models.wan.config import WanConfig
 from unspool.models.wan.network import WanTransformer
 from unspool.recipes import RECIPES
+from unspool.recipes.stage import codec_64
 from unspool.recipes.stage_distil import FEW_STEPS, GRID, TWO_STEPS, DistilRecipe
 from unspool.recipes.stage_folder import SHIFT, describe_model
 from unspool.train.dryrun import estimate
@@ -46,7 +48,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         WanConfig(dim=16, ffn_dim=32, num_layers=1, num_heads=2, in_channels=16, out_channels=16, text_dim=8,
                   text_len=6, freq_dim=128)
     )  # fmt: skip
-    for role in ("student", "teacher"):
+    Taehv(replace(codec_64().codec, encoder_widths=(8, 8, 8, 8), decoder_widths=(8, 8, 8, 8))).save(
+        folder / "codec.safetensors"
+    )
+    for role in ("student", "teacher", "critic"):
         weights = {f"backbone.{name}": t + 0.05 * torch.randn_like(t) for name, t in network.state_dict().items()}
         save_file(weights, folder / f"{role}.safetensors")
     header = ShardHeader(
@@ -74,14 +79,18 @@ def made(name: str, home: Path, *overrides: str) -> DistilRecipe:
     recipe = locate(name, RECIPES)()
     recipe = replace(recipe, text=str(home / "text.safetensors"), start=str(home / "student.safetensors"),
                      data=str(home / ("trajectories" if name.endswith("ode") else "latents")))  # fmt: skip
-    if name.rpartition("-")[2] in ("forcing", "bidirectional", "causvid", "gan"):
+    if name.rpartition("-")[2] in ("forcing", "bidirectional", "causvid", "gan", "long"):
         recipe = replace(recipe, teacher=str(home / "teacher.safetensors"))
+    if name.endswith("long"):
+        recipe = replace(recipe, critic=str(home / "critic.safetensors"), codec=str(home / "codec.safetensors"))
     if name.endswith("ode"):
         recipe = replace(recipe, teacher="")
     return apply_overrides(recipe, [*SMALL, *overrides])
 
 
-@pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "self-forcing-bidirectional", "causvid", "gan"])
+@pytest.mark.parametrize(
+    "name", ["consistency", "ode", "self-forcing", "self-forcing-bidirectional", "causvid", "gan", "long"]
+)
 def test_a_recipe_trains_its_student(name: str, home: Path, tmp_path: Path) -> None:
     recipe = made(f"stage-64-{name}", home)
     Trainer(recipe, tmp_path, show=False).run()
@@ -89,11 +98,20 @@ def test_a_recipe_trains_its_student(name: str, home: Path, tmp_path: Path) -> N
     assert set(after) == set(before) and any(not torch.equal(after[n], before[n]) for n in before)
 
 
-@pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "causvid", "gan"])
+@pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "causvid", "gan", "long"])
 def test_a_dry_run_measures_a_step(name: str, home: Path) -> None:
     found = estimate(Named(name=name, description="", recipe=made(f"stage-64-{name}", home)), timed_steps=1)
     assert found.measured is not None, found.why
     assert found.measured.flops > 0 and found.measured.step_s > 0 and "to the end" in found.text()
+
+
+def test_the_critic_goes_on_from_the_leg_before(home: Path) -> None:
+    recipe = made("stage-64-long", home)
+    for critic, expected in ((recipe.critic, "critic"), ("", "teacher")):  # type: ignore[attr-defined]
+        method: Any = replace(recipe, critic=critic).build_method(torch.device("cpu"))  # type: ignore[call-arg]
+        file = load_file(home / f"{expected}.safetensors")
+        for name, value in method.networks["critic"].state_dict().items():
+            torch.testing.assert_close(value, file[name], rtol=0, atol=0, msg=name)
 
 
 def test_paths_are_sampled_first_where_there_are_none(home: Path, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ SMALL = (
     "codec.train.steps=2", "codec.train.batch=2", "codec.codec.encoder_widths=8,8,8,8", "codec.frames=9",
     "codec.codec.decoder_widths=8,8,8,8",
     "text.train.steps=2", "text.train.batch=4", "text.text.dim=32", "text.text.layers=1", "text.text.out_dim=16",
-    *(f"{part}.{change}" for part in ("teacher", "student", "few", "distil") for change in (
+    *(f"{part}.{change}" for part in ("teacher", "student", "few", "distil", "long") for change in (
         "train.steps=4", "train.batch=2", "network.dim=32", "network.ffn_dim=64", "network.num_layers=1",
         "network.num_heads=2", "network.text_dim=16", "train.compile=false", "watch.every=4", "watch.clips=2",
         "watch.frames=21", "watch.steps=2",
     )),
     "teacher.short.legs=[[3,1],[9,1]]", "few.short.legs=[[3,4]]", "distil.short.legs=[[3,4]]",
-    "distil.method.sample.frames=3",
+    "distil.method.sample.frames=3", "long.method.sample.frames=6", "long.method.sample.longest=12",
 )  # fmt: skip
 
 

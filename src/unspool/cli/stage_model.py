@@ -28,7 +28,7 @@ class Args:
     max_minutes: float | None = None
     """End this leg with everything saved after so many minutes."""
     until: str = "models"
-    """Last part to do: codec, text, latents, teacher, student, few, distil or models."""
+    """Last part to do: codec, text, latents, teacher, student, few, distil, long or models."""
     assets: Path | None = None
     """Folder to write the student's model into, such as src/unspool/assets/stage."""
     weights: Path | None = None

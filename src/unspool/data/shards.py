@@ -28,14 +28,16 @@ class LatentShardsConfig:
     """Which data set, and which latent frames of its clips.
 
     Fields: `path`; `frames` latent frames per sample (None: whole clips); `crop` "start": the first ones, "any": from a
-    drawn latent frame that is a multiple of `align`; `in_memory` reads all of it once; `partial` accepts a data set
-    whose encoding was interrupted; `shuffle`: a new order in each epoch.
+    drawn latent frame that is a multiple of `align`; `prompts` leaves out clips with fewer of them (2: only those whose
+    prompt changes); `in_memory` reads all of it once; `partial` accepts a data set whose encoding was interrupted;
+    `shuffle`: a new order in each epoch.
     """
 
     path: str = ""
     frames: int | None = None
     crop: Literal["start", "any"] = "start"
     align: int = 1
+    prompts: int = 1
     in_memory: bool = False
     partial: bool = False
     shuffle: bool = True
@@ -45,6 +47,8 @@ class LatentShardsConfig:
         check_seed(self.seed)
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames={self.frames}: expected at least one latent frame, or none for whole clips")
+        if self.prompts < 1:
+            raise ValueError(f"prompts={self.prompts}: expected at least 1; 2 keeps the clips whose prompt changes")
         if self.align < 1:
             raise ValueError(f"align={self.align}: expected at least 1; the chunk aligns crops to chunks")
 
@@ -70,6 +74,10 @@ class LatentShards:
             )
         if not self.entries:
             raise ValueError(f"{self._folder}: got a data set without clips")
+        most = max(len(entry.captions) for entry in self.entries)
+        self.entries = [entry for entry in self.entries if len(entry.captions) >= config.prompts]
+        if not self.entries:
+            raise ValueError(f"{self._folder}: prompts={config.prompts}, but no clip has more than {most}")
         short = [entry.name or str(entry.index) for entry in self.entries if entry.frames < (config.frames or 0)]
         if short:
             raise ValueError(

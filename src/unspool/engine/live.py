@@ -153,7 +153,11 @@ class _Show:
     def _read(self) -> None:
         for prompt in self._keyboard.poll():
             notes = len(self._session.notes)
-            at = self._session.set(prompt=prompt, transition=self._transition)
+            try:
+                at = self._session.set(prompt=prompt, transition=self._transition)
+            except ValueError as error:  # of a model whose prompt cannot change
+                self._message = str(error)
+                continue
             told = "; ".join(self._session.notes[notes:])
             self._message = f"from {at:.1f} s on: {prompt}" + (f"  ({told})" if told else "")
 

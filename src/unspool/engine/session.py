@@ -244,10 +244,15 @@ class Session:
 
     def reset(self, *, seed: int | None = None, prompt: str | None = None) -> None:
         """Start again at time 0, with another seed or prompt where given, else the current ones; not paused."""
-        self.seed = self.seed if seed is None else seed
-        self.is_paused = False
         with self._lock:
-            self._start(self.prompt if prompt is None else prompt)
+            before = self.seed
+            self.seed = before if seed is None else seed
+            try:
+                self._start(self.prompt if prompt is None else prompt)
+            except BaseException:  # the stream goes on as it was
+                self.seed = before
+                raise
+            self.is_paused = False
 
     # ---- records and snapshots ---------------------------------------------------------------------------------
 

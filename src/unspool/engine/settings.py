@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from unspool.causal.chunks import check_prefix
+from unspool.causal.newer import NEWER
 from unspool.config import locate
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class RolloutSettings:
     guidance_mode: Literal["batch", "two_caches"] = "batch"
     guidance_convention: str = GUIDANCE_CONVENTION
     commit: Commit = "separate"
-    process: str = "flow"
-    prefix_frames: int | None = None
-    commit_noise: float = 0.0
+    process: str = field(default="flow", metadata=NEWER)
+    prefix_frames: int | None = field(default=None, metadata=NEWER)
+    commit_noise: float = field(default=0.0, metadata=NEWER)
 
     def __post_init__(self) -> None:
         if self.guidance_convention != GUIDANCE_CONVENTION:

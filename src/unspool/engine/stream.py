@@ -50,7 +50,7 @@ class Stream:
         self.watch = StopWatch(spec.fps)
         self.index = 0
         """The next chunk to be handed out."""
-        self._undecoded: Tensor | None = None  # finished latents of chunk `index`
+        self._undecoded: Tensor | None = None  # finished latents of chunk `index` and, if it is made, of the next one
         self._given = 0  # frames of chunk `index` that have left already
         with self.watch.work():
             text = self._wording.states(prompts)
@@ -104,9 +104,11 @@ class Stream:
         if self._undecoded is None:
             with self.watch.work():
                 self._undecoded = self.rollout.next_chunk().latents
-        before = self._undecoded, self._given, self.decoder.state
+        before, number, parts = (self._undecoded, self._given, self.decoder.state), self.index, []
         try:
-            return np.concatenate(list(self.rest()), axis=1)
+            while self.index == number:
+                parts.append(self._piece())
+            return np.concatenate(parts, axis=1)
         except BaseException:
             self._undecoded, self._given, self.decoder.state = before
             raise
@@ -118,26 +120,32 @@ class Stream:
         What the chunk before has left is decoded between the passes of this one, so that frames come at an even pace;
         then the first latent frame of this chunk. `rest` gives the others where no further chunk follows.
         """
-        passes, has_more = self.rollout.passes(), True
+        passes, latents = self.rollout.passes(), None
         pace = _Pace(self.num_undecoded, self.rollout.num_passes)
         try:
-            while has_more:
+            while latents is None:
+                for _ in range(pace.due()):
+                    yield self._leaving()
                 with self.watch.work():
                     latents = _advance(passes)
-                has_more = latents is None
-                for _ in range(pace.due(all_of_them=not has_more)):
-                    yield self._piece()
         finally:
             passes.close()
-        assert latents is not None and self._undecoded is None
-        self._undecoded = latents
-        yield self._piece()
+        due = self.num_undecoded + 1
+        self._undecoded = latents if self._undecoded is None else torch.cat([self._undecoded, latents], dim=1)
+        for _ in range(due):
+            yield self._leaving()
 
     @torch.no_grad()
     def rest(self) -> Iterator[NDArray[np.uint8]]:
         """The frames of finished latents that are not decoded yet."""
         while self._undecoded is not None:
-            yield self._piece()
+            yield self._leaving()
+
+    def _leaving(self) -> NDArray[np.uint8]:
+        """A piece that does not wait for the others of its chunk."""
+        frames = self._piece()
+        self.watch.leaves()
+        return frames
 
     def _piece(self) -> NDArray[np.uint8]:
         """The frames of the first latent frame that is not decoded yet; all of a clip that is made at once."""
@@ -148,7 +156,8 @@ class Stream:
             frames = self.decoder.next(latents[:, :size])
         self._given += frames.shape[1]
         self._undecoded = latents[:, size:] if latents.shape[1] > size else None
-        if self._undecoded is None:
+        own, last = (self.clock.plan.frames(chunk) for chunk in (self.index, self.rollout.index - 1))
+        if self.num_undecoded <= last.stop - own.stop:  # what is left is of the next chunk
             self._chunk_is_out()
         return frames
 
@@ -186,12 +195,12 @@ class _Pace:
     """Spreads `pieces` over `passes`, so that one more may leave after the last of them."""
 
     def __init__(self, pieces: int, passes: int) -> None:
-        self._pieces, self._passes, self._given, self._done = pieces, passes, 0, 0
+        self._pieces, self._passes, self._given, self._done = pieces, passes, 0, -1
 
-    def due(self, *, all_of_them: bool) -> int:
-        """How many are due after one more pass."""
+    def due(self) -> int:
+        """How many are due before one more pass: none before the first, and not all where passes are few."""
         self._done += 1
-        total = self._pieces if all_of_them else min(self._pieces, (self._pieces + 1) * self._done // self._passes)
+        total = min(self._pieces, (self._pieces + 1) * self._done // self._passes)
         now, self._given = total - self._given, total
         return now
 

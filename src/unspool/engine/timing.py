@@ -1,7 +1,8 @@
 """How long a stream takes, by the definitions that all claims of this project use.
 
-`first_frame_ms`: from the submitted prompt to the first chunk as uint8 frames on the host: text encoding, every step
-and the decoder included, time in which the caller did something else excluded. `fps`: frames per second of work from
+`first_frame_ms`: from the submitted prompt to the first uint8 frames on the host, those of the whole first chunk unless
+it is given by pieces: text encoding, every step and the decoder included, time in which the caller did something else
+excluded. `fps`: frames per second of work from
 the third chunk on; the commit pass of a chunk runs in the call for the next one, so it is counted. `chunk_ms`: time of
 one chunk over the same chunks. Copying to the host waits for the device, so device time is in all of them.
 """
@@ -68,6 +69,11 @@ class StopWatch:
         finally:
             self._pending_s += time.perf_counter() - began
 
+    def leaves(self) -> None:
+        """Frames are on the host before their chunk is complete."""
+        if self._first_s is None:
+            self._first_s = self._pending_s
+
     def chunk(self, frames: int) -> None:
         """A chunk of `frames` is on the host; all work since the last one was for it."""
         took, self._pending_s = self._pending_s, 0.0
@@ -79,9 +85,10 @@ class StopWatch:
 
     def timing(self) -> Timing:
         """What is known so far."""
-        times = sorted(took for _, took in self._recent)
+        recent = self._recent.copy()  # whoever asks may be another thread than the one that works
+        times = sorted(took for _, took in recent)
         total = sum(times)
-        fps = sum(frames for frames, _ in self._recent) / total if total else None
+        fps = sum(frames for frames, _ in recent) / total if total else None
         return Timing(
             frames=self._frames,
             chunks=self._chunks,

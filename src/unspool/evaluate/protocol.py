@@ -1,7 +1,8 @@
 """What is measured on the Sprite Stage, as plain data: which prompts, how many frames, which changes of prompt.
 
 Everything follows from the protocol and from (split, number), so two models that are run under one protocol meet the
-same prompts and the same noise, and a smaller preset is the beginning of a larger one.
+same prompts and the same noise, and a smaller preset is the beginning of a larger one. Streams of another length are
+other scenes: sprites that shall not collide are placed by where they will be.
 """
 
 from __future__ import annotations

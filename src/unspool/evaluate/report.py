@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from unspool.config import to_dict
 from unspool.engine.files import replacing
 from unspool.evaluate.goals import Goal, goals
 from unspool.evaluate.protocol import PARTS
-from unspool.evaluate.runner import Arm, plain, scorer_mark
+from unspool.evaluate.runner import Arm, commit, plain, scorer_mark
 from unspool.evaluate.stage import CODEC, STUDENT, TRUTH, Evaluation, Results, waits
 from unspool.evaluate.stats import Interval
 from unspool.evaluate.tables import (
@@ -108,10 +107,10 @@ def results_of(evaluation: Evaluation, results: Results, summary: Summary, cost:
         "models": {arm.name: _arm_facts(arm) for arm in evaluation.arms},
         "environment": environment(evaluation.student),
         "cost": cost.facts(),
-        "generation": {
-            name: {"frames": t.frames, "seconds": round(t.seconds, 2), "fps": round(t.frames / max(t.seconds, 1e-9), 2)}
-            for name, t in evaluation.times.items()
+        "generation": {  # compiling and the first chunks included: no measure of speed
+            name: {"frames": t.frames, "seconds": round(t.seconds, 2)} for name, t in evaluation.times.items()
         },
+        "clips_made_by": sorted(evaluation.store.made_by),
         "goals": [_goal_facts(goal) for goal in goals(summary)],
         "tables": _tree({name: getattr(summary, name) for name in Summary.__dataclass_fields__}),
     }
@@ -133,19 +132,6 @@ def environment(arm: Arm) -> dict[str, Any]:
         "commit": commit(),
         "scorer": scorer_mark(),
     }
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this package lies in, with "+" where files differ from it; None elsewhere."""
-    folder = Path(__file__).parent
-    try:
-        head, changed = (
-            subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout
-            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.strip() + ("+" if changed.strip() else "")
 
 
 def _arm_facts(arm: Arm) -> dict[str, Any]:
@@ -231,7 +217,11 @@ def markdown(summary: Summary, facts: Mapping[str, Any]) -> str:
     for name, segments in summary.streams.items():
         table = {str(number): group for number, group in enumerate(segments)}
         seconds = facts["protocol"]["streams"]["segment_s"]
-        lines += [f"**Streams, {name}**, by segment of {seconds:g} s", "", *table_lines(table, LONG, "segment"), ""]
+        lines += [
+            f"**Streams, {name}**, by segment of {seconds:g} s",
+            "",
+            *_folded(table_lines(table, LONG, "segment")),
+        ]
     if summary.lasting:
         columns = {name: name.replace("_", " ") for name in summary.lasting[TRUTH]}
         lines += ["**How long streams last**: segments against the first one; the last four columns of those that"]
@@ -243,6 +233,12 @@ def markdown(summary: Summary, facts: Mapping[str, Any]) -> str:
         columns = {"start": "where sprites begin", "course": "their course over 1 s", "diversity": "both"}
         lines += [*table_lines(summary.spread, columns, "row"), ""]
     return "\n".join(lines)
+
+
+def _folded(table: list[str]) -> list[str]:
+    """A long table, out of the way until somebody opens it."""
+    is_long = len(table) > 20
+    return ["<details><summary>the table</summary>", "", *table, "", "</details>", ""] if is_long else [*table, ""]
 
 
 def _conditions(facts: Mapping[str, Any]) -> str:

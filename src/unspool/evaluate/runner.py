@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import subprocess
 import sys
 import time
 import zipfile
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from unspool.causal.newer import stated
 from unspool.config import to_dict
 from unspool.engine.files import replacing
 from unspool.engine.pipeline import Pipeline
@@ -55,6 +57,20 @@ class Request:
     switches: tuple[tuple[float, tuple[str, ...]], ...] = ()
 
 
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """The commit of the checkout that this package lies in, with "+" where files differ from it; None elsewhere."""
+    folder = Path(__file__).parents[1]
+    try:
+        head, changed = (
+            subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+" if changed.strip() else "")
+
+
 def mark(*facts: object) -> str:
     """24 hex digits that tell facts (JSON data) apart."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -75,12 +91,16 @@ class ClipStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.made_by: set[str] = set()
+        """Commits whose code made the clips that were asked for; the key of a clip does not hold it."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def key(self, arm: Arm, request: Request) -> str:
         """All that the frames depend on."""
         pipeline = arm.pipeline
-        facts = (pipeline.weights, to_dict(arm.settings), asdict(request), pipeline.device.type, str(pipeline.dtype))
+        stating = stated(arm.settings)  # clips of before a setting existed are those of its default
+        settings = {name: value for name, value in to_dict(arm.settings).items() if name in stating}
+        facts = (pipeline.weights, settings, asdict(request), pipeline.device.type, str(pipeline.dtype))
         return mark(*facts)
 
     def clips(self, arm: Arm, request: Request) -> Frames:
@@ -95,7 +115,7 @@ class ClipStore:
         )  # fmt: skip
         frames = np.stack([video.frames for video in videos])
         with replacing(path) as file, open(file, "wb") as stream:
-            np.savez_compressed(stream, frames=frames, work_s=videos[0].timing.work_s)
+            np.savez_compressed(stream, frames=frames, work_s=videos[0].timing.work_s, commit=commit() or "")
         return frames
 
     def seconds(self, arm: Arm, request: Request) -> float:
@@ -104,6 +124,7 @@ class ClipStore:
         if not path.is_file():
             return math.nan
         with np.load(path) as content:
+            self.made_by.add(str(content["commit"]) if "commit" in content else "")
             return float(content["work_s"])
 
 

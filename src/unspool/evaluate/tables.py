@@ -63,6 +63,12 @@ def aligned(truth: Row, row: Row, name: str) -> F64:
     return np.array([known.get(cluster, math.nan) for cluster in row.clusters], np.float64)
 
 
+def speeds(row: Row, truth: Row, name: str = "speed") -> tuple[F64, F64]:
+    """Mean speeds of the sprites of a row and of the truth; where a row has lost all of them nothing moves."""
+    own, true = column(row, name), aligned(truth, row, name)
+    return np.where(np.isnan(own) & ~np.isnan(true), 0.0, own), true
+
+
 def clip_table(rows: Rows, resamples: int) -> dict[str, dict[str, Group]]:
     """Row -> group -> metric -> estimate of clips under one prompt."""
     return {
@@ -85,7 +91,8 @@ def _clip_group(row: Row, truth: Row, mask: NDArray[np.bool_], resamples: int) -
         out["strict"] = stats.wilson(int(judged.sum()), len(judged))
     for name in SHARES:
         out[f"{name}_share"] = over(column(row, name)[mask], aligned(truth, row, name)[mask])
-    out["motion_over_truth"] = over(column(row, "speed")[mask], aligned(truth, row, "speed")[mask])
+    own, true = speeds(row, truth)
+    out["motion_over_truth"] = over(own[mask], true[mask])
     out["boundary_step"] = over(column(row, "step_boundary")[mask], column(row, "step_elsewhere")[mask])
     return out
 
@@ -210,7 +217,7 @@ def stream_table(rows: Rows, resamples: int) -> dict[str, list[Group]]:
                 values = column(row, f"{score}.{k}")
                 if not np.isnan(values).all():
                     group[score] = stats.mean(values, row.clusters, resamples=resamples)
-            speed, true_speed = column(row, f"speed.{k}"), aligned(rows[TRUTH], row, f"speed.{k}")
+            speed, true_speed = speeds(row, rows[TRUTH], f"speed.{k}")
             group["motion_over_truth"] = stats.ratio(speed, true_speed, row.clusters, resamples=resamples)
             group["boundary_step"] = stats.ratio(
                 column(row, f"step_boundary.{k}"), column(row, f"step_elsewhere.{k}"), row.clusters,

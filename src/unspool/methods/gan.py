@@ -89,11 +89,12 @@ class Discriminator(Student):
             super().forward(x, sigma, prompts, context)
         wide = torch.float32 if found[0].dtype in (torch.bfloat16, torch.float16) else found[0].dtype
         read = []
-        for k, features in enumerate(found):
-            keys = self.norms[k](features.to(wide))
-            query = self.registers[k].to(wide).repeat(len(keys), 1, 1)
-            read.append(self.readers[k](query, keys, keys, need_weights=False)[0][:, 0])
-        return self.judge(torch.cat(read, dim=1))[:, 0].to(wide)
+        with torch.autocast(found[0].device.type, enabled=False):  # penalties compare logits that hardly differ
+            for k, features in enumerate(found):
+                keys = self.norms[k](features.to(wide))
+                query = self.registers[k].to(wide).repeat(len(keys), 1, 1)
+                read.append(self.readers[k](query, keys, keys, need_weights=False)[0][:, 0])
+            return self.judge(torch.cat(read, dim=1))[:, 0]
 
     @contextmanager
     def _tapped(self) -> Iterator[list[Tensor]]:

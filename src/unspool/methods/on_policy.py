@@ -48,8 +48,9 @@ class OnPolicyConfig:
     Long tuning (arXiv:2509.22622): with `longest` above `frames` each step draws a length in whole chunks between the
     two; the last `frames` latent frames are the sample, what came before has no graph. Scores know clips from their
     beginning only, so latent frame 0 of a later window is made anew from the last pixel frame that it stands for
-    (`opening`), and its first chunk carries no loss. `switch`: probability that the prompt of a long rollout changes at
-    a drawn chunk, to the next prompt of the same clip where it has one; `switch_policy` what is done to the past then.
+    (`opening`), and its first chunk carries no loss. `switch`: probability that the prompt of a long rollout changes,
+    to the next prompt of the same clip where it has one, at one of the scored chunks or the one before them, where a
+    change teaches most; `switch_policy` what is done to the past then.
     """
 
     steps: StepList
@@ -153,7 +154,8 @@ class OnPolicy:
         if not c.is_long:
             return None
         changes = shared_integer(1 << 20, rng) < c.switch * (1 << 20)
-        chunk = 1 + shared_integer((lead + c.frames) // c.plan.chunk - 1, rng)
+        first = max(lead // c.plan.chunk - 1, 1)
+        chunk = first + shared_integer((lead + c.frames) // c.plan.chunk - first, rng)
         return c.plan.chunk * chunk if changes and lead else None
 
     def _window(self, sample: Sample, lead: int) -> Sample:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from unspool.causal.position import WindowRelative
+from unspool.causal.visibility import Window
 from unspool.methods.common import Student
 from unspool.methods.consistency import ConsistencyConfig
 from unspool.methods.dmd import DmdConfig
@@ -14,8 +16,8 @@ from unspool.methods.on_policy import OnPolicyConfig
 from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import ScoreConfig, ScoreLevels
 from unspool.recipes.stage import network_64, network_128, train_config
-from unspool.recipes.stage_folder import GUIDANCE, SHIFT
-from unspool.recipes.stage_parts import CLIP, LatentRecipe, ShortClips, chunks
+from unspool.recipes.stage_folder import GUIDANCE, SHIFT, SIGMA_COMMIT, SINK, WINDOW
+from unspool.recipes.stage_parts import CHUNK, CLIP, LatentRecipe, ShortClips, chunks
 from unspool.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -140,11 +142,12 @@ class OdeRecipe(DistilRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class DmdRecipe(DistilRecipe):
-    """Distribution matching: `teacher` gives the score of the data and the critic's first weights; `codec` opens the
-    windows of long rollouts (`method.sample.longest`)."""
+    """Distribution matching: `teacher` gives the score of the data, and the critic's first weights too unless `critic`
+    names those of the leg before; `codec` opens the windows of long rollouts (`method.sample.longest`)."""
 
     method: DmdConfig
     teacher: str
+    critic: str = ""
     codec: str = ""
 
     def __post_init__(self) -> None:
@@ -152,10 +155,15 @@ class DmdRecipe(DistilRecipe):
         if self.steps != self.method.sample.steps:
             raise ValueError(_other_steps(self.steps, self.method.sample.steps))
 
+    @property
+    def sigma_commit(self) -> float:
+        return self.method.sample.sigma_commit if isinstance(self.method.sample, OnPolicyConfig) else 0.0
+
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.dmd import DistributionMatching
 
-        (student, teacher, critic), text = self.parts(device, self.start, self.teacher, self.teacher)
+        files = (self.start, self.teacher, self.critic or self.teacher)
+        (student, teacher, critic), text = self.parts(device, *files)
         codec = None
         if self.codec:
             from unspool.models.taehv import Taehv
@@ -238,6 +246,17 @@ def self_forcing_128() -> DmdRecipe:
     return _dmd(128, _rollouts(128), steps=1500, batch=48)
 
 
+def long_64() -> DmdRecipe:
+    """After `self_forcing_64`: the end of rollouts of up to eleven chunks, near which the prompt changes, in the window
+    that streams are run with (long tuning, arXiv:2509.22622)."""
+    return _long(64, self_forcing_64(), steps=700)
+
+
+def long_128() -> DmdRecipe:
+    """The same at 128 px, after `self_forcing_128` (one GPU, minutes)."""
+    return _long(128, self_forcing_128(), steps=500)
+
+
 def causvid_64() -> DmdRecipe:
     """Noised data against the bidirectional teacher (CausVid)."""
     return _dmd(64, NoisedDataConfig(steps=FEW_STEPS, plan=chunks()), steps=1500, batch=16)
@@ -284,6 +303,25 @@ def _dmd(size_px: int, sample: OnPolicyConfig | NoisedDataConfig, *, steps: int,
     )  # fmt: skip
 
 
+def _long(size_px: int, before: DmdRecipe, *, steps: int) -> DmdRecipe:
+    home, optim, critic = f"runs/stage-{size_px}", before.train.optim, before.train.critic
+    assert critic is not None
+    sample = replace(
+        _rollouts(size_px), frames=SHORT, longest=CLIP + 4 * CHUNK, switch=1.0, sigma_commit=SIGMA_COMMIT,
+        visibility=Window(window=WINDOW, sink=SINK), positions=WindowRelative(),
+    )  # fmt: skip
+    train = replace(
+        before.train, steps=steps, seed=1, optim=replace(optim, warmup_steps=20),
+        critic=replace(critic, warmup_steps=20),
+    )  # fmt: skip
+    return replace(
+        before, train=train, method=replace(before.method, sample=sample),
+        short=ShortClips(), changes=True,  # whole clips, for their prompts
+        start=_weights(size_px, "distil"), critic=f"{home}/distil/critic.safetensors",
+        codec=f"{home}/codec.safetensors",
+    )  # fmt: skip
+
+
 __all__ = [
     "FEW_STEPS",
     "ConsistencyRecipe",
@@ -295,6 +333,8 @@ __all__ = [
     "consistency_64",
     "consistency_128",
     "gan_64",
+    "long_64",
+    "long_128",
     "ode_64",
     "self_forcing_64",
     "self_forcing_64_bidirectional",

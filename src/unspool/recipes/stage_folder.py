@@ -23,6 +23,9 @@ STEPS = {"causal": 25, "bidirectional": 50}
 SHIFT, GUIDANCE = 2.5, 3.0
 """Shift of the sigmas and guidance scale that the stage's networks are run with."""
 WINDOW, SINK = CLIP, CHUNK
+SIGMA_COMMIT = 0.1
+"""Level that the shipped student is told in its commit pass, as if what later chunks read were a little noisy: its
+streams hold out better so (measured: docs/stage-model.md)."""
 EXAMPLES = (
     "a red ball bounces at sunset",
     "a blue star drifts left at night",
@@ -48,10 +51,11 @@ def write_folder(
     card: str | None = None,
     few: StepList | None = None,
     fewer: Sequence[StepList] = (),
+    window: int = WINDOW,
+    sigma_commit: float = 0.0,
 ) -> ModelSpec:
     """Write the folder of a student ("causal") or teacher. `weights` has keys `backbone.*` and, where the text encoder
-    was trained along, `text.*`; the network's are stored in bfloat16. `few`: the steps of a distilled student,
-    `fewer` lists that it may also be run with."""
+    was trained along, `text.*`; the network's are stored in bfloat16. The rest: `describe_model`."""
     import torch
 
     from unspool.models.caption import CaptionEncoder
@@ -64,8 +68,9 @@ def write_folder(
         if own or prefix == "backbone.":
             module.load_state_dict(own)
     spec = describe_model(
-        kind=kind, size_px=size_px, transformer=Part(kind="wan"), provenance=provenance, few=few, fewer=fewer
-    )
+        kind=kind, size_px=size_px, transformer=Part(kind="wan"), provenance=provenance, few=few, fewer=fewer,
+        window=window, sigma_commit=sigma_commit,
+    )  # fmt: skip
     return save_model_folder(
         folder,
         spec,
@@ -84,9 +89,12 @@ def describe_model(
     provenance: Mapping[str, Any] | None = None,
     few: StepList | None = None,
     fewer: Sequence[StepList] = (),
+    window: int = WINDOW,
+    sigma_commit: float = 0.0,
 ) -> ModelSpec:
     """How a stage network is run, as `model.json` states it; files are filled in when it is saved. `few`: the steps of
-    a distilled student, which has its guidance inside; `fewer`: shorter lists that it may also be run with."""
+    a distilled student, which has its guidance inside; `fewer`: shorter lists that it may also be run with; `window`
+    latent frames in reach; `sigma_commit` level told in the commit pass."""
     schedule = uniform(STEPS[kind], shift=SHIFT) if few is None else few.schedule
     return ModelSpec(
         name="stage" if kind == "causal" else "stage-teacher",
@@ -94,10 +102,10 @@ def describe_model(
         transformer=transformer, codec=Part(kind="taehv"), text=Part(kind="caption"),
         height_px=size_px, width_px=size_px, fps=16.0, geometry=Geometry(), clip=CLIP,
         rollout=RolloutSettings(
-            chunk=CHUNK, window=WINDOW, sink=SINK, sigmas=schedule.sigmas, conditioning=schedule.conditioning,
+            chunk=CHUNK, window=window, sink=SINK, sigmas=schedule.sigmas, conditioning=schedule.conditioning,
             other_sigmas=tuple(steps.schedule.sigmas for steps in fewer),
             solver="few_step" if few else "euler", shift=None if few else SHIFT,
-            guidance_scale=1.0 if few else GUIDANCE, sigma_commit=0.0, switch_policy="keep",
+            guidance_scale=1.0 if few else GUIDANCE, sigma_commit=sigma_commit, switch_policy="keep",
             positions="relative" if kind == "causal" else "absolute",
         ),
         seconds=5.0,

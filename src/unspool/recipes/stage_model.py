@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 Tell = Callable[[str], None]
 Kind = Literal["causal", "bidirectional"]
-PARTS = ("codec", "text", "latents", "teacher", "student", "few", "distil", "models")
+PARTS = ("codec", "text", "latents", "teacher", "student", "few", "distil", "long", "models")
 RECIPE_OF = {"codec": "codec", "text": "text", "teacher": "teacher", "student": "student", "few": "consistency",
-             "distil": "self-forcing"}  # fmt: skip
+             "distil": "self-forcing", "long": "long"}  # fmt: skip
 """What trains a part: "stage-<size>-<recipe>"."""
 _MEASURED_CLIPS, _FAR = 128, 10_000_000
 
@@ -141,9 +141,12 @@ class StageModel:
     def _make_distil(self) -> bool:
         return self._train("distil")
 
+    def _make_long(self) -> bool:
+        return self._train("long")
+
     def _make_models(self) -> bool:
         home = self.config.weights or self.home
-        self._write("distil", self.config.assets or self.home / "model", "causal")
+        self._write("long", self.config.assets or self.home / "model", "causal")
         self._write("student", home / f"stage-{self.config.size_px}-many-step", "causal")
         self._write("teacher", home / f"stage-{self.config.size_px}-teacher", "bidirectional")
         return True
@@ -156,7 +159,7 @@ class StageModel:
         write_folder(
             folder, kind=kind, size_px=self.config.size_px, network=recipe.network, weights=self._weights(part, ""),
             codec=self.home / "codec.safetensors", text=self.home / "text.safetensors", few=recipe.few,
-            fewer=getattr(recipe, "fewer", ()),
+            fewer=getattr(recipe, "fewer", ()), sigma_commit=recipe.sigma_commit,
             provenance=self._provenance(part), card=card_of(kind, self.config.size_px, self._provenance(part)),
         )  # fmt: skip
         self.tell(f"models: {folder}")
@@ -169,10 +172,12 @@ class StageModel:
             codec = str(self.home / "codec.safetensors")
             made = replace(made, text=str(self.home / "text.safetensors"), data=str(self.home / "latents"),
                            watch=replace(made.watch, codec=codec))  # fmt: skip
-        begins = {"student": "teacher", "few": "student", "distil": "few"}.get(part)
+        begins = {"student": "teacher", "few": "student", "distil": "few", "long": "distil"}.get(part)
         if begins is not None:
             made = replace(made, start=self._trained(begins))
-        if part == "distil":
+        if part == "long":
+            made = replace(made, codec=codec, critic=str(self.home / "distil" / "critic.safetensors"))
+        if part in ("distil", "long"):
             made = replace(made, teacher=self._trained("teacher" if made.method.teacher.reads == "all" else "student"))
         own = [o.partition(".")[2] for o in self.config.overrides if o.partition(".")[0] == part]
         return apply_overrides(made, own)

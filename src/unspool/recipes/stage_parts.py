@@ -94,12 +94,14 @@ class LatentRecipe(Recipe):
 
     Fields: `network` sizes; `text` a text encoder file; `learn_text` whether it goes on learning: at the network's
     rates it forgets what the loss does not ask for yet, shapes and motions first (read off its states after 3,000
-    steps: shapes 1.00 before, .40 after); `data` a folder of latents; `start` weights of the student to begin with.
+    steps: shapes 1.00 before, .40 after); `data` a folder of latents, of which `changes` keeps the clips whose prompt
+    changes; `start` weights of the student to begin with.
     """
 
     network: WanConfig
     text: str
     data: str
+    changes: bool = False
     learn_text: bool = False
     start: str = ""
     short: ShortClips = field(default_factory=ShortClips)
@@ -115,6 +117,11 @@ class LatentRecipe(Recipe):
         """The steps of a distilled student, None for a many-step network."""
         return None
 
+    @property
+    def sigma_commit(self) -> float:
+        """Level that the network is told in the commit pass of its streams."""
+        return 0.0
+
     def callbacks(self) -> Sequence[Callback]:
         """Samples and their scores, where `watch.codec` names the codec that decodes them."""
         if not self.watch.codec:
@@ -122,7 +129,8 @@ class LatentRecipe(Recipe):
         from unspool.recipes.stage_watch import Watch
         from unspool.train.callbacks import Every
 
-        return (Every(self.watch.every, Watch(self.watch, kind=self.kind, size_px=self.size_px, few=self.few)),)
+        watch = Watch(self.watch, kind=self.kind, size_px=self.size_px, few=self.few, sigma_commit=self.sigma_commit)
+        return (Every(self.watch.every, watch),)
 
     def student_parts(self, device: torch.device) -> tuple[WanTransformer, CaptionEncoder]:
         """The network and its text encoder on `device`."""
@@ -138,7 +146,7 @@ class LatentRecipe(Recipe):
         return WanTransformer(self.network).to(device), text.requires_grad_(self.learn_text).to(device)
 
     def build_source(self) -> Source:
-        return latent_clips(self.data, self.short, in_memory=self.in_memory)
+        return latent_clips(self.data, self.short, changes=self.changes, in_memory=self.in_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +177,14 @@ class StudentRecipe(LatentRecipe):
         return begin_from(TeacherForcing(self.method, backbone=network, text=text), self.start)
 
 
-def latent_clips(data: str, short: ShortClips, *, in_memory: bool) -> Source:
-    """Encoded clips of a folder: the short legs first, then whole ones."""
+def latent_clips(data: str, short: ShortClips, *, in_memory: bool, changes: bool = False) -> Source:
+    """Encoded clips of a folder: the short legs first, then whole ones. `changes`: only those whose prompt changes."""
     from unspool.data.curriculum import Curriculum, Leg
     from unspool.data.shards import LatentShards, LatentShardsConfig
 
     def clips(frames: int | None) -> Source:
-        return LatentShards(LatentShardsConfig(path=data, frames=frames, in_memory=in_memory))
+        prompts = 2 if changes else 1
+        return LatentShards(LatentShardsConfig(path=data, frames=frames, prompts=prompts, in_memory=in_memory))
 
     legs = [Leg(source=clips(frames), steps=steps) for frames, steps in short.legs]
     return Curriculum([*legs, Leg(source=clips(None), steps=1)])

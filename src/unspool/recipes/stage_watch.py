@@ -32,21 +32,24 @@ class Watch:
         kind: Literal["causal", "bidirectional"],
         size_px: int,
         few: StepList | None = None,
+        sigma_commit: float = 0.0,
     ) -> None:
         from unspool.models.taehv import Taehv
 
         if config.clips < 2 or config.clips % 2:
             raise ValueError(f"watch.clips={config.clips}: expected an even number of at least 2")
-        self.config, self.kind, self.size_px, self.few = config, kind, size_px, few
+        self.config, self.few = config, few
+        self.spec = describe_model(
+            kind=kind, size_px=size_px, transformer=Part(kind="wan"), few=few, sigma_commit=sigma_commit
+        )
         self.codec = Taehv.from_single_file(config.codec)
         self.scenes = watched_scenes(config.clips)
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         student: Any = trainer.method.networks["student"]
-        spec = describe_model(kind=self.kind, size_px=self.size_px, transformer=Part(kind="wan"), few=self.few)
         text = student.text if student.encodes else trainer.method.conditioner.text  # type: ignore[attr-defined]
         pipeline = Pipeline(
-            spec, transformer=student.backbone, codec=self.codec.to(trainer.device), text=text, source="watched"
+            self.spec, transformer=student.backbone, codec=self.codec.to(trainer.device), text=text, source="watched"
         )
         prompts = [scene.prompts[0].caption.text for scene in self.scenes]
         with trainer.autocast():
