@@ -16,6 +16,7 @@ from unspool.data.shard_writer import ShardWriter
 from unspool.data.shards import LatentShards, LatentShardsConfig
 from unspool.data.trajectories import TrajectoryConfig, TrajectoryShards, write_trajectories
 from unspool.diffusion.schedule import uniform
+from unspool.log import read_metrics
 from unspool.models.caption import CaptionConfig, CaptionEncoder
 from unspool.models.taehv import Taehv
 from unspool.models.wan.config import WanConfig
@@ -103,6 +104,14 @@ def test_a_dry_run_measures_a_step(name: str, home: Path) -> None:
     found = estimate(Named(name=name, description="", recipe=made(f"stage-64-{name}", home)), timed_steps=1)
     assert found.measured is not None, found.why
     assert found.measured.flops > 0 and found.measured.step_s > 0 and "to the end" in found.text()
+
+
+def test_samples_are_scored_on_the_way(home: Path, tmp_path: Path) -> None:
+    recipe = made("stage-64-self-forcing", home, "train.steps=1", f"watch.codec={home / 'codec.safetensors'}",
+                  "watch.every=1", "watch.clips=2", "watch.frames=9")  # fmt: skip
+    Trainer(recipe, tmp_path, show=False).run()
+    assert any("score/one/adherence" in row for row in read_metrics(tmp_path / "metrics.jsonl"))
+    assert (tmp_path / "samples" / "step-00000001.png").is_file()
 
 
 def test_the_critic_goes_on_from_the_leg_before(home: Path) -> None:

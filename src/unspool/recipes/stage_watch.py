@@ -10,7 +10,7 @@ from unspool.data.stage import StageClips
 from unspool.data.worlds.scorer import score_clip
 from unspool.data.worlds.stage import Scene, StageConfig
 from unspool.engine.export import contact_sheet
-from unspool.engine.model_folder import ModelSpec, Part
+from unspool.engine.model_folder import Part
 from unspool.engine.pipeline import Pipeline
 from unspool.recipes.stage_folder import describe_model
 from unspool.recipes.stage_watch_config import WatchConfig
@@ -63,14 +63,14 @@ class Watch:
         frames = [video.frames for video in videos]
         if trainer.world.is_main:
             self._write(trainer, frames, prompts)
-        return self._scores(frames, spec)
+        return self._scores(frames)
 
-    def _scores(self, frames: list[np.ndarray], spec: ModelSpec) -> dict[str, float]:
+    def _scores(self, frames: list[np.ndarray]) -> dict[str, float]:
         half = len(frames) // 2
         found: dict[str, float] = {}
         for name, part in (("one", slice(0, half)), ("two", slice(half, None))):
             scores = [
-                score_clip(clip, spec.fps, scene.prompts[:1])
+                score_clip(clip, self.spec.fps, scene.prompts[:1])
                 for clip, scene in zip(frames[part], self.scenes[part], strict=True)
             ]
             for score in WATCHED:

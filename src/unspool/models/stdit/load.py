@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def infer_config(shapes: Shapes, *, num_heads: int | None = None) -> STDiTConfig
 def _config_of(found: Checkpoint, shapes: Shapes, num_heads: int | None) -> STDiTConfig:
     stated = found.config if "config" in found.metadata else None
     if stated is None:
-        return replace(infer_config(shapes, num_heads=num_heads), **scales_of(found.tensors))
+        return replace(infer_config(shapes, num_heads=num_heads), **cast("Any", scales_of(found.tensors)))
     if stated.get("_class_name") != CLASS_NAME:
         raise ValueError(
             f"{found.source} holds {stated.get('_class_name', 'an unnamed network')}, expected {CLASS_NAME}"
