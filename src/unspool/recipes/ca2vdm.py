@@ -181,8 +181,8 @@ def ca2vdm_stage() -> PrefixStageRecipe:
     """Ca2-VDM on the 64 px stage: `unspool train ca2vdm-stage --out runs/ca2vdm`, after the stage's codec, text encoder
     and latents (`unspool stage-model --until latents`).
 
-    11 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions. Sized for about
-    two hours on two CPU cores by the pace of stage-64-teacher; not measured yet.
+    11 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions. On two CPU
+    cores .9 to 1 s a step of the short clips; no run has been finished yet.
     """
     return PrefixStageRecipe(
         network=small_stdit(), method=cyclic_method(chunk=4, past_chunks=4),
