@@ -14,6 +14,16 @@ from unspool.causal.context import Context, Site
 from unspool.shapes import Latent, Pixels
 
 
+def patch_grid(rows: int, columns: int, patch_size: tuple[int, int, int]) -> tuple[int, int]:
+    """Rows and columns of tokens of a latent frame, for patches (frames, rows, columns). Raises ValueError where the
+    patches do not fit."""
+    _, ph, pw = patch_size
+    if rows < 1 or columns < 1 or rows % ph or columns % pw:
+        up = (max(-(-rows // ph), 1) * ph, max(-(-columns // pw), 1) * pw)
+        raise ValueError(f"latents of {rows}x{columns}: expected multiples of the patch {ph}x{pw}; use {up[0]}x{up[1]}")
+    return rows // ph, columns // pw
+
+
 @dataclass(frozen=True, kw_only=True)
 class Text:
     """Text states of one or more prompts per sample.

@@ -19,14 +19,8 @@ from unspool.causal.position import PositionPolicy
 from unspool.causal.visibility import Pass, Visibility
 
 
-class Recompute:
-    """Stands in for a cache (implements `Cache`) and keeps nothing; each segment reads by the visibility.
-
-    Equals a cache of the same visibility as long as no frame was evicted: keys that a cache kept remember through
-    depth what came before the window, keys computed anew do not. Arguments as `KVCache`.
-    """
-
-    commit: ClassVar[str] = "recompute"
+class KeepsNothing:
+    """What a cache without content has of `Cache`, all but `begin`. Arguments as `KVCache`."""
 
     def __init__(
         self,
@@ -41,7 +35,6 @@ class Recompute:
         compiled: bool = False,
     ) -> None:
         self.visibility, self.positions = visibility, positions
-        self._last: tuple[Pass, Visibility, FullSequence] | None = None
 
     @property
     def frames(self) -> FrameSet:
@@ -50,17 +43,6 @@ class Recompute:
     @property
     def num_bytes(self) -> int:
         return 0
-
-    def begin(self, segments: Pass) -> Context:
-        """The context of one forward. Raises ValueError where a segment reads frames that are not in it."""
-        known = tuple(replace(segment, sigma=0.0) for segment in segments)  # who reads whom does not depend on it
-        if self._last is None or self._last[:2] != (known, self.visibility):
-            mask = self._mask(known)
-            self._last = (known, self.visibility, FullSequence(mask.num_frames, mask))
-        return self._last[2]
-
-    def _mask(self, segments: Pass) -> MaskSpec:
-        return pass_mask(segments, self.visibility, self.positions)
 
     def promote(self, *, keep_graph: bool = False) -> None: ...
 
@@ -72,6 +54,29 @@ class Recompute:
         return Snapshot({}, {})
 
     def restore(self, snapshot: Snapshot) -> None: ...
+
+
+class Recompute(KeepsNothing):
+    """Stands in for a cache (implements `Cache`) and keeps nothing; each segment reads by the visibility.
+
+    Equals a cache of the same visibility as long as no frame was evicted: keys that a cache kept remember through
+    depth what came before the window, keys computed anew do not. Arguments as `KVCache`.
+    """
+
+    commit: ClassVar[str] = "recompute"
+
+    _last: tuple[Pass, Visibility, FullSequence] | None = None
+
+    def begin(self, segments: Pass) -> Context:
+        """The context of one forward. Raises ValueError where a segment reads frames that are not in it."""
+        known = tuple(replace(segment, sigma=0.0) for segment in segments)  # who reads whom does not depend on it
+        if self._last is None or self._last[:2] != (known, self.visibility):
+            mask = self._mask(known)
+            self._last = (known, self.visibility, FullSequence(mask.num_frames, mask))
+        return self._last[2]
+
+    def _mask(self, segments: Pass) -> MaskSpec:
+        return pass_mask(segments, self.visibility, self.positions)
 
 
 class RecomputeBidirectional(Recompute):

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from unspool.causal.context import Context, Site
 from unspool.diffusion.flow import FlowMatching
 from unspool.diffusion.iddpm import IDDPM
-from unspool.models.base import Conditioning, Prompts, Text
+from unspool.models.base import Conditioning, Prompts, Text, patch_grid
 from unspool.models.stdit.config import STDiTConfig
 from unspool.models.stdit.layers import (
     Block,
@@ -119,17 +119,8 @@ class STDiT(nn.Module):
         return self.config.in_channels
 
     def tokens_per_frame(self, rows: int, columns: int) -> int:
-        grid = self._grid(rows, columns)
+        grid = patch_grid(rows, columns, self.config.patch_size)
         return grid[0] * grid[1]
-
-    def _grid(self, rows: int, columns: int) -> tuple[int, int]:
-        _, ph, pw = self.config.patch_size
-        if rows < 1 or columns < 1 or rows % ph or columns % pw:
-            up = (max(-(-rows // ph), 1) * ph, max(-(-columns // pw), 1) * pw)
-            raise ValueError(
-                f"latents of {rows}x{columns}: expected multiples of the patch {ph}x{pw}; use {up[0]}x{up[1]}"
-            )
-        return rows // ph, columns // pw
 
     def null_text(self, batch: int, *, like: Tensor | None = None) -> Tensor:
         """States [batch, rows, caption_dim] of the learned null caption, for the unconditional branch.
@@ -185,7 +176,7 @@ class STDiT(nn.Module):
         """Prediction [b, t, out_channels, h, w] (at least fp32) of latents `x` at noise levels `sigma` [b|1, t|1]."""
         self._check(x, sigma, cond)
         batch, count = x.shape[:2]
-        grid = self._grid(*x.shape[3:])
+        grid = patch_grid(x.shape[3], x.shape[4], self.config.patch_size)
         hidden = self._embed(x, grid)
         embedding, time = self._time(sigma)
         positions = position_features(context.positions, self.config.dim, self.config.time_scale)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unspool.causal.context import Context, Site
-from unspool.models.base import Conditioning, Prompts, Text
+from unspool.models.base import Conditioning, Prompts, Text, patch_grid
 from unspool.models.wan.config import WanConfig
 from unspool.models.wan.layers import Block, Head, time_features, wide_linear
 from unspool.ops.rope import Rope
@@ -89,17 +89,8 @@ class WanTransformer(nn.Module):
         return self.config.in_channels
 
     def tokens_per_frame(self, rows: int, columns: int) -> int:
-        grid = self._grid(rows, columns)
+        grid = patch_grid(rows, columns, self.config.patch_size)
         return grid[0] * grid[1]
-
-    def _grid(self, rows: int, columns: int) -> tuple[int, int]:
-        _, ph, pw = self.config.patch_size
-        if rows < 1 or columns < 1 or rows % ph or columns % pw:
-            up = (max(-(-rows // ph), 1) * ph, max(-(-columns // pw), 1) * pw)
-            raise ValueError(
-                f"latents of {rows}x{columns}: expected multiples of the patch {ph}x{pw}; use {up[0]}x{up[1]}"
-            )
-        return rows // ph, columns // pw
 
     def prepare(self, text: Text | Tensor) -> Prompts:
         """Keys and values of every cross-attention for text states [b, prompts, rows, text_dim].
@@ -128,7 +119,7 @@ class WanTransformer(nn.Module):
         """Velocity [b, t, c, h, w] (at least fp32) of noisy latents `x` at noise levels `sigma` [b|1, t|1]."""
         self._check(x, sigma, cond)
         batch, frames = x.shape[:2]
-        grid = self._grid(*x.shape[3:])
+        grid = patch_grid(x.shape[3], x.shape[4], self.config.patch_size)
         hidden = self._embed(x, cond)
         embedding, modulation = self._time(sigma, cond)
         rope = Rope.for_head(self.config.dim // self.config.num_heads, grid)
