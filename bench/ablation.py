@@ -133,11 +133,12 @@ class Ablation:
                          start=str(self.teacher()))  # fmt: skip
         return self.trained("causal", "base", replace(recipe, train=replace(recipe.train, steps=1500)))
 
-    def paths(self, steps: int) -> Path:
-        folder = self.home / f"paths-{steps}"
+    def paths(self) -> Path:
+        """Paths that hold the states of every list of steps: those of the longest."""
+        folder = self.home / "paths"
         config = PathsConfig(
             weights=str(self.teacher()), data=str(self.latents), text=str(self.text), network=self.small(),
-            steps=StepList(steps=LISTS[steps], shift=SHIFT), count=self.count,
+            steps=StepList(steps=LISTS[8], shift=SHIFT), count=self.count,
         )  # fmt: skip
         write_stage_paths(config, folder)
         return folder
@@ -155,7 +156,7 @@ class Ablation:
         if arm.init == "ode":
             steps = StepList(steps=LISTS[arm.steps], shift=SHIFT)
             ode = OdeRecipe(
-                network=self.small(), text="", data=str(self.paths(arm.steps)), start=str(self.causal()), steps=steps,
+                network=self.small(), text="", data=str(self.paths()), start=str(self.causal()), steps=steps,
                 method=OdeRegressionConfig(steps=steps, plan=chunks()),
                 train=train_config(steps=800, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.99, curve="wsd", compile=True),
             )  # fmt: skip

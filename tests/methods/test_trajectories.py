@@ -205,6 +205,18 @@ def test_regression_refuses_other_sigmas(sigmas: Any) -> None:
         regression(past="clean", clean=True)
 
 
+def test_paths_of_more_steps_serve_fewer() -> None:
+    """A student of two steps sees of four-step paths what it would see of its own."""
+    two = StepList(steps=(1000.0, 500.0), shift=3.0)
+    method, many = regression(steps=two), path_batch()
+    assert many.trajectory is not None and many.sigmas is not None
+    own = replace(many, trajectory=many.trajectory[:, [0, 2, 4]], sigmas=two.schedule.sigmas)
+    losses = [method.step(b, "student", 0, torch.Generator().manual_seed(0)).loss for b in (many, own)]
+    assert torch.equal(*losses) and losses[0].item() > 0
+    with pytest.raises(ValueError, match="5 states for 3 sigmas"):
+        method.step(replace(many, sigmas=two.schedule.sigmas), "student", 0, torch.Generator())
+
+
 def consistency(**values: Any) -> CausalConsistency:
     made = ConsistencyConfig(**{"grid": 12, "shift": 3.0, "guidance_from_uncond": 1.0, "plan": PLAN, **values})
     return CausalConsistency(

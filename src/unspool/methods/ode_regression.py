@@ -27,10 +27,10 @@ from unspool.ops.transfer import to_device
 class OdeRegressionConfig:
     """What decides the objective.
 
-    Fields: `steps` of the student, which must be the sigmas of the stored states; `plan`, `visibility`, `positions` of
-    the causal mask; `past` "noisy": a chunk reads the earlier ones of the same path at their own drawn levels
-    (arXiv:2412.07772), "clean": it reads the clean clip that the path was sampled with (arXiv:2602.02214); `clean`
-    whether a chunk may be drawn at sigma 0, where it carries no loss (for "noisy"); `per` draw of a level.
+    Fields: `steps` of the student, whose sigmas must be among those of the stored states; `plan`, `visibility`,
+    `positions` of the causal mask; `past` "noisy": a chunk reads the earlier ones of the same path at their own drawn
+    levels (arXiv:2412.07772), "clean": it reads the clean clip that the path was sampled with (arXiv:2602.02214);
+    `clean` whether a chunk may be drawn at sigma 0, where it carries no loss (for "noisy"); `per` draw of a level.
     """
 
     steps: StepList
@@ -70,7 +70,8 @@ class OdeRegression:
     """E || x0(x_sigma) - x_end ||^2 over stored states x_sigma of a path that ends at x_end.
 
     Source: arXiv:2412.07772 section 4.2 (implements `Method`; role "student"). Arguments as `DistributionMatching`.
-    Raises ValueError at the first step for states of other sigmas than the student's.
+    Paths that were stored for more steps serve fewer: states between the student's sigmas are passed over.
+    Raises ValueError at the first step where one of the student's sigmas is not stored.
     """
 
     def __init__(
@@ -125,13 +126,15 @@ class OdeRegression:
         if trajectory is None:
             raise ValueError("the batch has no trajectory; use a source of a teacher's trajectories")
         assert isinstance(batch, TrajectoryBatch)
-        got = batch.sigmas
-        if got is None or len(got) != len(wanted) or any(abs(a - b) > 1e-4 for a, b in zip(got, wanted, strict=True)):
-            told = "unknown sigmas" if got is None else f"sigmas {', '.join(f'{s:.4f}' for s in got)}"
+        got = batch.sigmas or ()
+        places = [next((i for i, own in enumerate(got) if abs(own - sigma) <= 1e-4), None) for sigma in wanted]
+        if None in places or places[-1] != len(got) - 1:
+            told = ", ".join(f"{s:.4f}" for s in got) or "unknown"
             raise ValueError(
-                f"trajectories of {told}; expected those of the student's steps, "
+                f"trajectories of sigmas {told}; expected at least those of the student's steps, "
                 f"{', '.join(f'{s:.4f}' for s in wanted)}: give the data's shift and steps, or sample them again"
             )
-        if trajectory.shape[1] != len(wanted):
-            raise ValueError(f"trajectories of {trajectory.shape[1]} states for {len(wanted)} sigmas")
+        if trajectory.shape[1] != len(got):
+            raise ValueError(f"trajectories of {trajectory.shape[1]} states for {len(got)} sigmas")
+        trajectory = trajectory[:, places]
         return trajectory.to(torch.promote_types(trajectory.dtype, torch.float32)), wanted
