@@ -16,6 +16,8 @@ from unspool.causal.visibility import Window
 from unspool.diffusion.schedule import few_step
 from unspool.evaluate.exactness import random_network
 from unspool.models.base import Conditioning
+from unspool.models.taehv import Taehv, TaehvConfig
+from unspool.models.taehv.layers import MemoryBlock
 from unspool.ops import compile as compiling
 from unspool.rollout.noise import CounterNoise
 from unspool.rollout.rollout import Rollout, RolloutConfig
@@ -43,6 +45,29 @@ def test_compiled_rollout_equals_eager_and_compiles_nothing_anew_as_the_window_f
     assert graphs > 0 and counters["stats"]["unique_graphs"] == graphs
     for a, b in zip(got, expected, strict=True):
         assert float((a - b).abs().max() / b.std()) <= 1e-5
+
+
+def test_a_compiled_decoder_equals_eager_and_compiles_one_graph():
+    """Streams decode a latent frame at a time; the first one, which has nothing before it, is no shape of its own."""
+    if not compiling.compiler_works():
+        pytest.skip("no working compiler here: torch.compile falls back to eager code")
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    codec = Taehv(TaehvConfig(latent_channels=4, num_blocks=1, decoder_widths=(8, 8, 8, 4), padding="start"))
+    for block in codec.decoder:
+        if isinstance(block, MemoryBlock):
+            torch.nn.init.normal_(block.last.weight, std=0.1)
+    latents, decoded = torch.randn(1, 5, 4, 2, 4), []
+    expected = codec.decode(latents)
+    compiling.compile_backbone(codec.decoder)
+    before, state = counters["stats"]["unique_graphs"], None
+    with torch.no_grad():
+        for frame in latents.split(1, dim=1):
+            pixels, state = codec.decode_stream(frame, state)
+            decoded.append(pixels)
+    assert counters["stats"]["unique_graphs"] == before + 1
+    torch.testing.assert_close(torch.cat(decoded, dim=1), expected, rtol=0, atol=1e-5)
 
 
 def test_without_a_compiler_everything_runs_eagerly_after_one_notice(monkeypatch, caplog):

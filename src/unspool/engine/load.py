@@ -34,7 +34,8 @@ def load(
     """A model ready to generate: one that the package carries, a model folder, or a hub repository (`owner/name`).
 
     `device` "auto" is the first GPU, else the CPU. `dtype` None is float32 on a CPU and the files' own elsewhere.
-    `compile` fuses the network's small kernels where a compiler works. `verify` compares the files' hashes.
+    `compile` fuses the small kernels of network and decoder where a compiler works. `verify` compares the files with
+    their hashes.
     Raises FileNotFoundError or ValueError in one line for an unknown name and for missing or damaged files.
     """
     source = os.fspath(name_or_path)
@@ -47,6 +48,8 @@ def load(
         from unspool.ops.compile import compile_backbone
 
         compile_backbone(parts["transformer"])
+        if isinstance(decoder := getattr(parts["codec"], "decoder", None), torch.nn.Module):
+            compile_backbone(decoder)
     check_fit(spec, folder, **parts)
     return Pipeline(spec, **parts, source=source, is_compiled=compile)
 

@@ -60,8 +60,8 @@ def _compiled_method(kind: Any, method: str) -> Callable[..., Any]:
 def compile_backbone(network: nn.Module) -> nn.Module:
     """Compile the methods that the network's blocks name in `compiled_methods`, in place, and return it.
 
-    Attention over the past stays outside: its sizes change from chunk to chunk while the rest is static, so nothing is
-    compiled twice for a growing cache. Weights and results keep their meaning; only rounding may differ.
+    Of a backbone, attention over the past stays outside: its sizes change from chunk to chunk while the rest is static,
+    so nothing is compiled twice for a growing cache. Weights and results keep their meaning; only rounding may differ.
     """
     if not compiler_works():
         return network

@@ -7,8 +7,6 @@ gradients are laid out in the order of the axes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -80,6 +78,8 @@ class Grow(nn.Module):
 class Stack(nn.ModuleList):
     """The layers of one half, under the numbers of the published files; the state goes in and comes out."""
 
+    compiled_methods = ("one",)
+
     def forward(self, x: Tensor, batch: int, memory: tuple[Tensor, ...] | None, *, keep: bool = True) -> tuple[
         Tensor, tuple[Tensor, ...]
     ]:  # fmt: skip
@@ -87,19 +87,46 @@ class Stack(nn.ModuleList):
 
         `memory`: the last input frame [b, c, h, w] of every memory block; None where x begins.
         """
-        earlier: Iterator[Tensor] | None = iter(memory) if memory is not None else None
+        if keep and len(x) == batch:
+            return self.one(x, self.nothing_before(x) if memory is None else memory)
+        return self.run(x, batch, memory, keep=keep)
+
+    def one(self, x: Tensor, memory: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`run` of a single frame, as streams decode: a method of its own, so that a compiler sees one shape only."""
+        return self.run(x, len(x), memory, keep=True)
+
+    def run(self, x: Tensor, batch: int, memory: tuple[Tensor, ...] | None, *, keep: bool) -> tuple[
+        Tensor, tuple[Tensor, ...]
+    ]:  # fmt: skip
+        """`forward`, of any number of frames."""
+        earlier = None if memory is None else iter(memory)
         kept: list[Tensor] = []
         for layer in self:
             if isinstance(layer, MemoryBlock):
-                before = next(earlier) if earlier is not None else torch.zeros_like(x[:batch])
+                before = torch.zeros_like(x[:batch]) if earlier is None else next(earlier)
                 if keep:
-                    kept.append(x[-batch:].clone())  # a view would keep all of x alive
+                    # a view would keep all of x alive; the layout is said, or a compiler chooses one that differs
+                    kept.append(x[-batch:].clone(memory_format=torch.channels_last))
                 x = layer(x, before)
             elif isinstance(layer, Pool | Grow):
                 x = layer(x, batch)
             else:
                 x = layer(x)
         return x, tuple(kept)
+
+    def nothing_before(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The memory of where frames x [b, c, h, w] begin, zeros: given, the first frame needs no shape of its own."""
+        height, width = x.shape[-2:]
+        zeros = []
+        for layer in self:
+            if isinstance(layer, MemoryBlock):
+                size = (len(x), layer.last.out_channels, height, width)
+                zeros.append(x.new_zeros(size).contiguous(memory_format=torch.channels_last))
+            elif isinstance(layer, Grow):
+                height, width = 2 * height, 2 * width
+            elif isinstance(layer, nn.Conv2d) and layer.stride[0] > 1:
+                height, width = -(-height // layer.stride[0]), -(-width // layer.stride[0])
+        return tuple(zeros)
 
 
 def conv(inside: int, outside: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
