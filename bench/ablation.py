@@ -3,6 +3,7 @@
     python bench/ablation.py --out runs/ablation --seeds 3            all arms; run again to continue
     python bench/ablation.py --out runs/ablation --arms ode,full      some of them
     python bench/ablation.py --out runs/ablation --table              what is there so far
+    python bench/ablation.py --table --results docs/ablation.json     adds it to what other runs found, and shows all
 
 Needs codec and text encoder of the 64 px stage (`unspool stage-model --until text`). Base networks are made once per
 seed. Arms of a seed start from the same causal network and are judged on the same prompts and noise, in the window
@@ -261,6 +262,29 @@ def picture(ablation: Ablation, path: Path) -> None:
 COLUMNS = ("adherence", "strict", "psnr", "permanence", "motion", "adherence_10x", "strict_10x", "psnr_10x")
 
 
+def found_scores(out: Path, setting: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Seed -> arm -> scores of all that `out` holds for as many prompts and streams."""
+    rows: dict[str, dict[str, Any]] = {}
+    for file in sorted(out.glob(f"seed-*/scores/*-{setting['prompts']}-{setting['streams']}.json")):
+        seed, name = file.parts[-3].removeprefix("seed-"), file.name.split("-")[0]
+        rows.setdefault(seed, {})[name] = json.loads(file.read_text(encoding="utf-8"))
+    return rows
+
+
+def merge(path: Path | None, setting: dict[str, Any], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`rows` and those of the file, which is then written. Raises ValueError where its setting is another."""
+    if path is None:
+        return rows
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["setting"] != setting:
+            raise ValueError(f"{path} is of {before['setting']}, got {setting}: give another --results")
+        for seed, own in before["seeds"].items():
+            rows[seed] = {**own, **rows.get(seed, {})}
+    path.write_text(json.dumps({"setting": setting, "seeds": rows}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return rows
+
+
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: mean over seeds, and the smallest and largest where there are several."""
     lines = [f"| arm | {' | '.join(COLUMNS)} | seeds | CausVid, Table 4 |", "|---|" + "---|" * (len(COLUMNS) + 2)]
@@ -278,38 +302,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--stage", type=Path, default=Path("runs/stage-64"), help="folder of codec and text encoder")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from --first on")
+    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--arms", default=",".join(ARMS), help="names, separated by commas")
     parser.add_argument("--clips", type=int, default=8000)
     parser.add_argument("--paths", type=int, default=1000, help="paths of the teacher for ODE regression")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--streams", type=int, default=16, help="streams of 20 s, ten times the training length")
     parser.add_argument("--table", action="store_true", help="show what is there and make nothing")
+    parser.add_argument(
+        "--results", type=Path, help="JSON to which the scores are added, and from which others are read"
+    )
     parser.add_argument("overrides", nargs="*", help="a.b=c for all trainings, or base:, init:, dmd: before it")
     args = parser.parse_args()
     names = args.arms.split(",")
     unknown = [name for name in names if name not in ARMS]
     if unknown:
         parser.error(f"--arms {unknown[0]}: expected some of {', '.join(ARMS)}")
-    results: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(args.seeds):
-        ablation = Ablation(args.out, args.stage, seed, args.overrides, args.paths)
-        if not args.table:
+    if not args.table:
+        for seed in range(args.first, args.first + args.seeds):
+            ablation = Ablation(args.out, args.stage, seed, args.overrides, args.paths)
             ablation.data(args.clips)
-        for name in names:
-            kept = ablation.home / "scores" / f"{name}-{args.prompts}-{args.streams}.json"
-            if args.table and not kept.is_file():
-                continue
-            found = json.loads(kept.read_text(encoding="utf-8")) if args.table else ablation.scores(
-                name, ARMS[name], args.prompts, args.streams
-            )  # fmt: skip
-            results.setdefault(name, []).append(found)
-            print(f"seed {seed}, {name}: {results[name][-1]}", flush=True)
+            for name in names:
+                print(
+                    f"seed {seed}, {name}: {ablation.scores(name, ARMS[name], args.prompts, args.streams)}", flush=True
+                )
+    setting = {name: getattr(args, name) for name in ("clips", "paths", "prompts", "streams", "overrides")}
+    rows = merge(args.results, setting, found_scores(args.out, setting))
+    results = {
+        name: own for name in names if (own := [rows[seed][name] for seed in sorted(rows) if name in rows[seed]])
+    }
     picture(Ablation(args.out, args.stage, 0, args.overrides), args.out / "arms.png")
     text = table(results)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    setting = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     print(json.dumps({"setting": setting, "torch": str(torch.__version__), "results": results}))
 
 
