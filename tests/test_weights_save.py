@@ -169,3 +169,18 @@ def test_header_is_readable_without_us(tmp_path: Path) -> None:
         header = file.metadata()
     assert WanConfig.parse(json.loads(header["config"])) == TINY
     assert header["format"] == "pt" and header["key_format"] == "diffusers"
+
+
+def test_the_same_weights_are_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    """Data, scores and models are known by the hashes of weight files; safetensors orders the header by chance."""
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
+    words = {f"key {i}": f'a "value" with ü, {i}' for i in range(40)}
+    one = weights.save_file(tensors, tmp_path / "one.safetensors", metadata=words)
+    two = weights.save_file(tensors, tmp_path / "two.safetensors", metadata=dict(reversed(words.items())))
+    assert one.read_bytes() == two.read_bytes()
+    assert_same(load_file(one), tensors)
+    with safe_open(one, "pt") as file:
+        assert file.metadata() == {"format": "pt", **words}
+    size = int.from_bytes(one.read_bytes()[:8], "little")
+    stated = list(json.loads(one.read_bytes()[8 : 8 + size])["__metadata__"])
+    assert stated == sorted(["format", *words])

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -115,8 +116,22 @@ def _write(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[st
             plain[name] = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
     write_safetensors(plain, path, metadata={"format": "pt", **(metadata or {})})
-    with path.open("rb") as stream:
+    with path.open("r+b") as stream:
+        _sort_header(stream)
+        stream.flush()
         os.fsync(stream.fileno())
+
+
+def _sort_header(stream: BinaryIO) -> None:
+    """The library writes the entries of `__metadata__` in an order that changes from process to process; sorted, the
+    same weights are the same bytes, and so have the same hash."""
+    size = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) <= size:  # another way of escaping a character: left as it is
+        stream.seek(8)
+        stream.write(text.ljust(size))
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
