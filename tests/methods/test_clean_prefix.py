@@ -11,9 +11,11 @@ import torch
 from gaussian import Call, Recorder
 from torch import Tensor
 
+from unspool.causal.cache.recompute import RecomputeBidirectional
 from unspool.causal.cache.streams import StreamCaches
 from unspool.causal.chunks import ChunkPlan
-from unspool.causal.position import Absolute, Cyclic
+from unspool.causal.context import FullSequence
+from unspool.causal.position import Absolute, Cyclic, WindowRelative
 from unspool.causal.prefix import PrefixEnhanced
 from unspool.causal.visibility import Kind, Segment, Window
 from unspool.config import locate
@@ -25,6 +27,7 @@ from unspool.methods.clean_prefix import CleanPrefix, CleanPrefixConfig, drawn_p
 from unspool.methods.draws import SampleRng
 from unspool.models.stdit.config import STDiTConfig
 from unspool.models.stdit.network import STDiT
+from unspool.rollout.recompute import with_past
 
 PLAN = ChunkPlan(chunk=3, first=1)
 BASE = CleanPrefixConfig(
@@ -43,10 +46,10 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def network(**parts: Any) -> STDiT:
+def network(prefix_attention: Any = "separate", **parts: Any) -> STDiT:
     """Every parameter random."""
     sizes: dict[str, Any] = dict(dim=24, num_layers=2, num_heads=2, freq_dim=16)
-    net = STDiT(STDiTConfig(**sizes, prefix_attention="separate", mask_channel=True, **parts))
+    net = STDiT(STDiTConfig(**sizes, prefix_attention=prefix_attention, mask_channel=True, **parts))
     for parameter in net.parameters():
         parameter.data = torch.randn(parameter.shape, generator=rng(parameter.numel())) * 0.2
     return net.double()
@@ -148,6 +151,46 @@ def test_the_cached_rollout_computes_what_was_trained() -> None:
         torch.testing.assert_close(out, call.prediction[:, prefix:], rtol=0, atol=1e-10)
 
 
+OPEN = replace(BASE, bidirectional=True, circle=None, visibility=Window(window=6))
+
+
+def test_a_bidirectional_forward_is_cut_to_what_the_chunk_reads() -> None:
+    """A past of at most 3, the noisy frames read by all: the prediction is that of the bare clip at positions 0.."""
+    plain = replace(OPEN, prefix_frames=None, makes_first=True)
+    latents = clips().latents
+    seen: dict[tuple[int, ...], list[int]] = {}
+    assert latents is not None
+    for seed in range(30):
+        net = network("none")
+        recorder = Recorder(net)
+        result = CleanPrefix(plain, backbone=recorder).step(clips(), "student", 0, rng(seed))
+        assert result.loss.isfinite()
+        call = recorder.calls[0]
+        count, past = call.x.shape[1], int((call.sigma[0] == 0).sum())
+        firsts = [k for k in range(FRAMES) if past and torch.equal(call.x[:, :past], latents[:, k : k + past])]
+        seen[(past, count, *firsts)] = call.context.positions.tolist()
+        with torch.no_grad():
+            want = net(call.x, call.sigma, call.cond, FullSequence(count))
+        torch.testing.assert_close(call.prediction, want, rtol=0, atol=1e-12)
+    assert set(seen) == {(0, 1), (1, 4, 0), (3, 6, 1), (3, 6, 4)}
+    assert all(positions == list(range(key[1])) for key, positions in seen.items())
+
+
+def test_the_recomputing_rollout_computes_what_was_trained() -> None:
+    """With prefix-enhanced attention: the same forward as that of "recompute_bidirectional" over the same frames."""
+    for seed in range(4):
+        _, call, net = stepped(OPEN, seed)
+        past = int((call.sigma[0] == 0).sum())
+        start = 1 if past == 1 else 4
+        cache = RecomputeBidirectional(
+            net.sites, batch=2, tokens_per_frame=2, visibility=OPEN.sees, positions=WindowRelative()
+        )
+        segments = with_past(Segment(kind=Kind.DENOISE, frames=range(start, start + 3), sigma=0.5), PLAN, OPEN.sees, 0)
+        with torch.no_grad():
+            want = net(call.x, call.sigma, call.cond, cache.begin(segments))
+        torch.testing.assert_close(call.prediction, want, rtol=0, atol=1e-12)
+
+
 def test_gradients_reach_every_part_and_no_output_of_the_prefix() -> None:
     net, outputs = network(), []
     recorder = Recorder(net)
@@ -208,4 +251,6 @@ def test_it_is_a_method_and_refuses_what_does_not_fit() -> None:
         replace(BASE, prefix_frames=0)
     with pytest.raises(ValueError, match="length=9 cyclic positions for a window of 10"):
         replace(BASE, circle=9)
+    with pytest.raises(ValueError, match="bidirectional=True with circle=10: expected circle=None"):
+        replace(BASE, bidirectional=True)
     assert isinstance(stepped(replace(BASE, circle=None), 0)[1].context.positions, Tensor)

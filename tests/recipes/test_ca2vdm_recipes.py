@@ -17,7 +17,7 @@ from unspool.recipes.ca2vdm import ca2vdm_overfit, ca2vdm_stage, vid_gpt_stage
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from small_clips import write_clip
-from tiny_model import CHANNELS, ROWS, TEXT_DIM, save
+from tiny_model import CHANNELS, ROWS, TEXT_DIM, save, scatter
 
 TOY = (
     f"network.in_channels={CHANNELS}", f"network.caption_dim={TEXT_DIM}", f"network.caption_len={ROWS + 1}",
@@ -79,6 +79,34 @@ def test_the_stage_recipe_trains_goes_on_and_streams(tmp_path: Path) -> None:
             model.generate("a red ball", chunks=2, window=window)
 
 
+def test_a_bidirectional_network_streams_by_computing_its_past_anew(tmp_path: Path) -> None:
+    """OS-Ext on the first 6 latent frames of each clip; its model folder says how it is rolled out, and a causal one
+    can be rolled out so too: as with its cache until a frame is evicted."""
+    from unspool.engine.load import load
+    from unspool.engine.pipeline import Pipeline
+
+    files, chunk = stage_files(tmp_path), "method.plan.chunk=3"
+    wide = ("method.bidirectional=true", "method.circle=null", "method.visibility.within=full", "frames=6")
+    assert train("ca2vdm-stage", tmp_path / "open", *files, chunk, "method.visibility.window=7", *wide,
+                 "train.steps=2") == 0  # fmt: skip
+    model = load(tmp_path / "open/model")
+    settings = model.settings()
+    assert (settings.commit, settings.cache, settings.positions) == ("recompute", "recompute_bidirectional", "relative")
+    assert model.spec.name == "stage-os-ext" and model.spec.clip == 6
+    session = model.session("a red ball bounces")
+    frames = [session.next_chunk() for _ in range(5)]
+    assert [len(f) for f in frames] == [1, 12, 12, 12, 12] and session.stream.num_bytes == 0
+    assert train("ca2vdm-stage", tmp_path / "run", *files, *SMALL, "train.steps=1") == 0
+    cached = load(tmp_path / "run/model")
+    scatter(cached.transformer, 3)  # type: ignore[arg-type]  # what a training begins as reads nothing of the past
+    spec = replace(cached.spec, rollout=replace(cached.spec.rollout, commit="recompute"))
+    parts = {"transformer": cached.transformer, "codec": cached.codec, "text": cached.wording.encoder}
+    anew = Pipeline(spec, **parts, source="anew")  # type: ignore[arg-type]
+    own, other = (each.generate("a red ball bounces", chunks=5, guidance=2.0).frames for each in (cached, anew))
+    close = np.abs(own.astype(int) - other).max((1, 2, 3)) <= 1
+    assert close[:25].all() and not close[25:].all()  # 1 + 3 + 3 latent frames fill the window
+
+
 def test_the_command_line_streams_the_folder(tmp_path: Path) -> None:
     from unspool.cli.main import main
 
@@ -121,5 +149,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         apply_overrides(ca2vdm_overfit(), ("data.num_frames=33",))
     with pytest.raises(ValueError, match="chunk of 2"):
         replace(made.describe().rollout, chunk=2)
+    with pytest.raises(ValueError, match="bidirectional_past=True with commit='separate'"):
+        replace(made.describe().rollout, bidirectional_past=True)
     assert vid_gpt_stage().describe().rollout.window == "full"
     assert made.method.plan == ChunkPlan(chunk=4, first=1)

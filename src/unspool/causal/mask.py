@@ -229,3 +229,15 @@ def pass_mask(segments: Pass, visibility: Visibility, positions: PositionPolicy)
     names = streams_of(visibility)
     streams = tuple((name, pass_mask(segments, stream_of(visibility, name), positions)) for name in names)
     return MaskSpec(len(at), tuple(blocks), streams)
+
+
+@lru_cache(maxsize=64)
+def open_mask(segments: Pass, visibility: Visibility, positions: PositionPolicy) -> MaskSpec:
+    """As `pass_mask`, but all latent frames of the forward read each other, clean ones the noisy ones too (OS-Fix and
+    OS-Ext of arXiv:2411.16375): of the visibility only its other streams are left."""
+    by_rule = pass_mask(segments, visibility, positions)
+    past = FrameSet.of(*(segment.frames for segment in segments[:-1]))
+    keys, own = positions.assign(segments[-1], past)
+    every, n = tuple(keys + own), by_rule.num_frames
+    block = MaskBlock(queries=range(n), keys=FrameSet.of((0, n)), query_positions=every, key_positions=every)
+    return MaskSpec(n, (block,), by_rule.streams)

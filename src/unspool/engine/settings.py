@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unspool.rollout.settings import RolloutConfig
 
 Window = int | Literal["full"]
-Commit = Literal["separate", "fused", "none"]
+Commit = Literal["separate", "fused", "none", "recompute"]
 SwitchPolicy = Literal["keep", "recache", "recache_bidirectional", "flush"]
 SinkPolicy = Literal["kept", "replaced", "recomputed"]
 
@@ -33,9 +33,11 @@ class RolloutSettings:
     distilled model, whose `other_sigmas` are further schedules that it can be run with); `solver` a name of SOLVERS;
     `switch_policy`, `sink_policy` what a prompt switch does by default; `process` a name of PROCESSES, under "iddpm"
     any number of its steps can be asked for; `prefix_frames` latent frames that prefix-enhanced attentions read (None:
-    the network has none); `commit_noise` as of `RolloutConfig`.
+    the network has none); `commit`, `commit_noise` as of `RolloutConfig`; `bidirectional_past`: under the commit
+    "recompute" all latent frames of a forward read each other, clean ones the noisy ones too (False: as `within` says).
 
-    Raises ValueError for a chunk shorter than `prefix_frames`, and for another convention of guidance.
+    Raises ValueError for a chunk shorter than `prefix_frames`, for `bidirectional_past` with a cache, and for another
+    convention of guidance.
     """
 
     chunk: int
@@ -61,6 +63,7 @@ class RolloutSettings:
     process: str = field(default="flow", metadata=NEWER)
     prefix_frames: int | None = field(default=None, metadata=NEWER)
     commit_noise: float = field(default=0.0, metadata=NEWER)
+    bidirectional_past: bool = field(default=False, metadata=NEWER)
 
     def __post_init__(self) -> None:
         if self.guidance_convention != GUIDANCE_CONVENTION:
@@ -68,10 +71,17 @@ class RolloutSettings:
                 f"guidance_convention={self.guidance_convention!r}: expected {GUIDANCE_CONVENTION!r}; convert the scale"
             )
         check_prefix(self.chunk, self.prefix_frames)
+        if self.bidirectional_past and self.commit != "recompute":
+            raise ValueError(
+                f"bidirectional_past=True with commit={self.commit!r}: expected commit='recompute'; keys that a cache "
+                "kept have not read the noisy frames"
+            )
 
     @property
     def cache(self) -> str:
         """The name of the cache that the network's attentions need."""
+        if self.commit == "recompute":
+            return "recompute_bidirectional" if self.bidirectional_past else "recompute"
         return "kv" if self.prefix_frames is None else "streams"
 
     @property

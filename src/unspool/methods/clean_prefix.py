@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from unspool.causal.chunks import ChunkPlan, check_prefix
 from unspool.causal.context import Backend, FullSequence
-from unspool.causal.mask import clean_prefix_mask
-from unspool.causal.position import Absolute, Cyclic, PositionPolicy, check_circle
+from unspool.causal.mask import MaskSpec, clean_prefix_mask, open_mask
+from unspool.causal.position import Absolute, Cyclic, PositionPolicy, WindowRelative, check_circle
 from unspool.causal.prefix import PrefixEnhanced
-from unspool.causal.visibility import Full, Visibility, Window, check_window
+from unspool.causal.visibility import Full, Kind, Segment, Visibility, Window, check_window
 from unspool.data.batch import Batch
 from unspool.diffusion.iddpm import IDDPM
 from unspool.methods.base import StepResult
@@ -27,6 +27,7 @@ from unspool.methods.common import (
     student_only,
 )
 from unspool.methods.draws import shared_integer, uniform
+from unspool.rollout.recompute import with_past
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,12 @@ class CleanPrefixConfig:
     `prefix_frames` clean frames that prefix-enhanced attentions read (None: the network has none); `circle` number of
     cyclic positions (None: absolute ones); `prefix_noise` level to which the prefix is noised while the network is told
     that it is clean, the rollout's `commit_noise` (0: not at all); `drop_text` probability that a sample loses its
-    prompts; `process`; `makes_first`: the first chunk is not given, so it is trained too, behind nothing.
+    prompts; `process`; `makes_first`: the first chunk is not given, so it is trained too, behind nothing;
+    `bidirectional`: the noisy chunk and what `visibility` gives it of the prefix all read each other, at positions from
+    0 on, for a rollout that computes its past anew (OS-Fix, OS-Ext).
 
     Raises ValueError for what no rollout could do: a window that holds no chunk, positions that meet in a window, a
-    chunk shorter than `prefix_frames`.
+    chunk shorter than `prefix_frames`, a circle that `bidirectional` never turns.
     """
 
     plan: ChunkPlan
@@ -52,6 +55,7 @@ class CleanPrefixConfig:
     process: IDDPM
     makes_first: bool = False
     backend: Backend = "slices"
+    bidirectional: bool = False
 
     def __post_init__(self) -> None:
         check_window(self.visibility, self.plan.longest)
@@ -60,6 +64,11 @@ class CleanPrefixConfig:
         check_prefix(self.plan.chunk, self.prefix_frames)
         if self.circle is not None:
             check_circle(Cyclic(length=self.circle), self.visibility)
+        if self.bidirectional and self.circle is not None:
+            raise ValueError(
+                f"bidirectional=True with circle={self.circle}: expected circle=None, since a past that is computed "
+                "anew stands at 0 and on in every forward"
+            )
 
     @property
     def sees(self) -> Visibility:
@@ -97,9 +106,10 @@ def drawn_positions(circle: int | None, num_frames: int, rng: torch.Generator) -
 class CleanPrefix:
     """Squared error and variational bound on one noisy chunk, given clean frames before it, which bear no loss.
 
-    The length of the prefix is drawn for the batch, and the clip is cut behind the chunk; the noise level is drawn for
-    each sample from all steps. Source: arXiv:2411.16375 section 3.2 and appendix C, the perturbed prefix from the
-    published code (implements `Method`; role "student").
+    The length of the prefix is drawn for the batch, and the clip is cut behind the chunk (and, where all latent frames
+    read each other, in front of what the chunk reads); the noise level is drawn for each sample from all steps. Source:
+    arXiv:2411.16375 section 3.2 and appendix C, the perturbed prefix from the published code (implements `Method`; role
+    "student").
 
     Args: `backbone` an `STDiT`, or another network for IDDPM; `text`, `null_text` as `FlowMatching`. Batches of a
     network without text need none.
@@ -130,10 +140,11 @@ class CleanPrefix:
         if not choices or x0.shape[1] > config.plan.lead:
             choices += prefix_lengths(config.plan, x0.shape[1])
         prefix = choices[shared_integer(len(choices), rng)]
-        frames = min(config.plan.frames(config.plan.chunk_of(prefix)).stop, x0.shape[1])
-        positions = drawn_positions(config.circle, frames, rng)
-        prompts = self._prompts(batch, frames, chosen((len(x0),), config.drop_text, rng))
-        x0 = x0[:, :frames]
+        stop = min(config.plan.frames(config.plan.chunk_of(prefix)).stop, x0.shape[1])
+        taken, mask = self._sequence(prefix, stop, rng)
+        frames, prefix = len(taken), len(taken) - (stop - prefix)
+        prompts = self._prompts(batch, taken, chosen((len(x0),), config.drop_text, rng))
+        x0 = x0[:, taken]
         level = 1.0 + (config.process.num_steps * uniform((len(x0), 1), rng)).floor()
         sigma = (level / config.process.num_steps).repeat(1, frames)
         sigma[:, :prefix] = 0.0
@@ -142,14 +153,24 @@ class CleanPrefix:
         if config.prefix_noise and prefix:
             perturbed = config.process.add_noise(x0[:, :prefix], noise_like(x0[:, :prefix], rng), config.prefix_noise)
             x = torch.cat([perturbed, x[:, prefix:]], dim=1)
-        mask = clean_prefix_mask(config.plan, frames, prefix, config.sees, positions)
         prediction = self.student(x, sigma, prompts, FullSequence(frames, mask, backend=config.backend))
         loss = config.process.loss(x0, noise, x, prediction, sigma)
         metrics = {"loss": loss.total.detach(), "mse": loss.mse.mean().detach(), "bits": loss.bits.mean().detach()}
         return StepResult(loss=loss.total, metrics=metrics)
 
-    def _prompts(self, batch: Batch, frames: int, dropped: Tensor) -> BatchPrompts:
+    def _sequence(self, prefix: int, stop: int, rng: torch.Generator) -> tuple[list[int], MaskSpec]:
+        """The latent frames of the forward, the noisy ones [prefix, stop) last, and who reads whom."""
+        config = self.config
+        if not config.bidirectional:
+            positions = drawn_positions(config.circle, stop, rng)
+            return list(range(stop)), clean_prefix_mask(config.plan, stop, prefix, config.sees, positions)
+        noisy = Segment(kind=Kind.DENOISE, frames=range(prefix, stop))
+        segments = with_past(noisy, config.plan, config.sees, 0.0)
+        taken = [frame for segment in segments for frame in segment.frames]
+        return taken, open_mask(segments, config.sees, WindowRelative())
+
+    def _prompts(self, batch: Batch, frames: list[int], dropped: Tensor) -> BatchPrompts:
         if batch.text is None and batch.captions is None:
             return BatchPrompts(states=torch.zeros(len(dropped), 1, 1, 1))  # a network with text refuses it
         prompts = self.student.prompts_of(batch, dropped)
-        return prompts if prompts.index is None else replace(prompts, index=prompts.index[:, :frames])
+        return prompts if prompts.index is None else replace(prompts, index=prompts.index[:, frames])

@@ -42,7 +42,8 @@ class PrefixStageRecipe(Recipe):
 
     Fields: `network`, `method`; `text` a text encoder file, which does not learn unless `learn_text`; `data` a folder
     of latents; `codec` the file that made them, for the model folder at the end ("": none is written); `start` weights
-    to begin with; `short` legs of shorter clips first; `sampling` of the model folder.
+    to begin with; `short` legs of shorter clips first; `frames` latent frames of the longest clips, the first ones of
+    each (None: all, CLIP in the stage's latents); `sampling` of the model folder.
     Raises ValueError where network and method do not agree on prefix-enhanced attention.
     """
 
@@ -54,6 +55,7 @@ class PrefixStageRecipe(Recipe):
     learn_text: bool = False
     start: str = ""
     short: ShortClips = field(default_factory=ShortClips)
+    frames: int | None = None
     in_memory: bool = True
     size_px: int = 64
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -70,7 +72,7 @@ class PrefixStageRecipe(Recipe):
         return begin_from(clean_prefix(self.network, self.method, text, device), self.start)
 
     def build_source(self) -> Source:
-        return latent_clips(self.data, self.short, in_memory=self.in_memory)
+        return latent_clips(self.data, self.short, in_memory=self.in_memory, frames=self.frames)
 
     def callbacks(self) -> Sequence[Callback]:
         if not self.codec:
@@ -81,10 +83,13 @@ class PrefixStageRecipe(Recipe):
 
     def describe(self) -> ModelSpec:
         """The model that this makes."""
-        clip = Clip(frames=CLIP, height_px=self.size_px, width_px=self.size_px, fps=FPS)
+        clip = Clip(frames=self.frames or CLIP, height_px=self.size_px, width_px=self.size_px, fps=FPS)
+        name, network = "stage-ca2vdm" if self.method.circle else "stage-vid-gpt", "a causal STDiT"
+        if self.method.bidirectional:
+            name, network = "stage-os-ext", "a bidirectional STDiT"
         return describe_prefix_model(
-            self.method, self.sampling, clip, name="stage-ca2vdm" if self.method.circle else "stage-vid-gpt",
-            about="sprites under a sky from captions, by a causal STDiT behind a clean prefix", examples=EXAMPLES,
+            self.method, self.sampling, clip, name=name, examples=EXAMPLES,
+            about=f"sprites under a sky from captions, by {network} behind a clean prefix",
         )  # fmt: skip
 
 

@@ -40,15 +40,16 @@ def settings_of(method: CleanPrefixConfig, sampling: SamplingConfig) -> RolloutS
     """The rollout that a training prepares for. Raises ValueError for a process that no model file can name."""
     if method.process != IDDPM():
         raise ValueError(f"process={method.process}: expected {IDDPM()}, the one that model.json calls iddpm")
-    sees = method.visibility
+    sees, anew = method.visibility, method.bidirectional
+    positions = "relative" if anew else "absolute" if method.circle is None else "cyclic"
     return RolloutSettings(
         chunk=method.plan.chunk, first=method.plan.first, window="full" if isinstance(sees, Full) else sees.window,
         sink=0 if isinstance(sees, Full) else sees.sink, within="causal" if sees.within == "causal" else "full",
-        positions="absolute" if method.circle is None else "cyclic",
+        positions=positions,
         position_options={} if method.circle is None else {"length": method.circle},
         sigmas=method.process.schedule(sampling.steps).sigmas, solver="ancestral", shift=None, process="iddpm",
         guidance_scale=sampling.guidance, sigma_commit=0.0, commit_noise=method.prefix_noise, switch_policy="keep",
-        prefix_frames=method.prefix_frames,
+        prefix_frames=method.prefix_frames, commit="recompute" if anew else "separate", bidirectional_past=anew,
     )  # fmt: skip
 
 

@@ -177,17 +177,20 @@ class StudentRecipe(LatentRecipe):
         return begin_from(TeacherForcing(self.method, backbone=network, text=text), self.start)
 
 
-def latent_clips(data: str, short: ShortClips, *, in_memory: bool, changes: bool = False) -> Source:
-    """Encoded clips of a folder: the short legs first, then whole ones. `changes`: only those whose prompt changes."""
+def latent_clips(
+    data: str, short: ShortClips, *, in_memory: bool, changes: bool = False, frames: int | None = None
+) -> Source:
+    """Encoded clips of a folder: the short legs first, then whole ones, or the first `frames` latent frames of them.
+    `changes`: only those whose prompt changes."""
     from unspool.data.curriculum import Curriculum, Leg
     from unspool.data.shards import LatentShards, LatentShardsConfig
 
-    def clips(frames: int | None) -> Source:
+    def clips(length: int | None) -> Source:
         prompts = 2 if changes else 1
-        return LatentShards(LatentShardsConfig(path=data, frames=frames, prompts=prompts, in_memory=in_memory))
+        return LatentShards(LatentShardsConfig(path=data, frames=length, prompts=prompts, in_memory=in_memory))
 
-    legs = [Leg(source=clips(frames), steps=steps) for frames, steps in short.legs]
-    return Curriculum([*legs, Leg(source=clips(None), steps=1)])
+    legs = [Leg(source=clips(length), steps=steps) for length, steps in short.legs]
+    return Curriculum([*legs, Leg(source=clips(frames), steps=1)])
 
 
 def begin_from(method: Method, path: str) -> Method:

@@ -14,7 +14,7 @@ import torch
 from unspool.causal.cache.snapshot import Snapshot
 from unspool.causal.chunks import FrameSet
 from unspool.causal.context import Context, FullSequence, Site
-from unspool.causal.mask import MaskBlock, MaskSpec, pass_mask
+from unspool.causal.mask import MaskSpec, open_mask, pass_mask
 from unspool.causal.position import PositionPolicy
 from unspool.causal.visibility import Pass, Visibility
 
@@ -86,9 +86,4 @@ class RecomputeBidirectional(Recompute):
     """
 
     def _mask(self, segments: Pass) -> MaskSpec:
-        by_rule = super()._mask(segments)
-        past = FrameSet.of(*(s.frames for s in segments[:-1]))
-        keys, own = self.positions.assign(segments[-1], past)
-        every, n = tuple(keys + own), by_rule.num_frames
-        block = MaskBlock(queries=range(n), keys=FrameSet.of((0, n)), query_positions=every, key_positions=every)
-        return MaskSpec(n, (block,), by_rule.streams)
+        return open_mask(segments, self.visibility, self.positions)

@@ -1,0 +1,359 @@
+"""What does the past do for quality? Ca2-VDM's tables 3 and 4 on a reduced stage: one sprite, a small network.
+
+    python bench/ca2vdm_quality.py --out runs/ca2vdm-quality          all arms; run again to continue
+    python bench/ca2vdm_quality.py --arms pmax25,os_ext25             some of them
+    python bench/ca2vdm_quality.py --table --plot quality.png         what is there so far
+    python bench/ca2vdm_quality.py network.dim=64 short:train.steps=500 long:train.batch=8
+
+Needs codec and text encoder of the 64 px stage in `--stage`. All arms have chunks of 8 latent frames (2 s) and the same
+number of steps on the same clips; networks of one kind of attention begin with the same training on short clips. They
+differ in how long the past is, whether the spatial attention reads it too, and whether it is cached (time is causal) or
+computed anew in every forward (OS-Fix, OS-Ext; time is bidirectional). "_anew" arms are the weights of the arm before
+them, the last Pmax frames encoded again for each chunk: what the cache remembers of frames that it no longer holds.
+
+Each arm makes 81 latent frames from nothing for every test prompt: the first one, then ten chunks. The stage's scorer
+judges 2 s at a time; these begin one pixel frame before the chunk. Intervals are those of prompts, not of trainings.
+Last line of the output: JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unspool.causal.chunks import ChunkPlan
+from unspool.causal.visibility import Window
+from unspool.config import apply_overrides, to_dict
+from unspool.data.encoding import encode_source, load_file_or_name
+from unspool.data.stage import StageClips
+from unspool.data.worlds.stage import StageConfig
+from unspool.diffusion.iddpm import IDDPM
+from unspool.engine.load import load
+from unspool.engine.pipeline import Pipeline
+from unspool.evaluate.protocol import ClipProtocol, StageProtocol, StreamProtocol
+from unspool.evaluate.report import summarise
+from unspool.evaluate.runner import Arm as Tested
+from unspool.evaluate.runner import mark, plain, scorer_mark
+from unspool.evaluate.stage import STUDENT, TRUTH, Evaluation
+from unspool.evaluate.stats import Interval, paired_difference
+from unspool.methods.clean_prefix import CleanPrefixConfig
+from unspool.models.stdit.config import STDiTConfig
+from unspool.recipes.ca2vdm import PREFIX, PrefixStageRecipe, small_stdit
+from unspool.recipes.stage import train_config
+from unspool.train.config import TrainConfig
+from unspool.train.loop import Trainer
+
+CHUNK, FRAMES, SHORT = 8, 193, 9
+"""Latent frames of a chunk, pixel frames of a clip (Pmax 41 and a chunk), latent frames of a short clip."""
+STAGE = StageConfig(sprites=(1.0,), events=(1.0,))
+CHUNKS, SEGMENT_S = 10, 2.0
+BASE = "pmax25"
+METRICS = ("adherence", "strict", "psnr", "motion_over_truth")
+PAIRED = ("adherence", "strict", "psnr")
+HEADS = {"adherence": "adherence", "strict": "all right", "psnr": "manifold dB", "motion_over_truth": "motion / truth"}
+PAPER = {
+    "pmax25": "274.8 / 244.5 / 275.1", "pmax25_prefix": "257.4 / 216.5 / 238.5", "pmax41": "187.3 / 209.3 / 263.2",
+    "pmax41_prefix": "185.0 / 202.9 / 240.5",
+    "os_fix": "of chunks 2 to 6 against its first (table 3): 182.9 to 315.1, Ca2-VDM 160.6 to 304.7",
+}  # fmt: skip
+"""FVD of three times 16 frames of SkyTimelapse (arXiv:2411.16375 table 4); of all this only the order compares."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """`about` for the table; a past of `pmax` latent frames; `prefix`-enhanced attention; `is_open`: time is
+    bidirectional and the past computed anew; `of`: the weights of that arm, its past computed anew by the causal rule.
+    """
+
+    about: str
+    pmax: int = 25
+    prefix: bool = False
+    is_open: bool = False
+    of: str = ""
+
+    @property
+    def clip(self) -> int:
+        """Latent frames of a training clip. OS-Fix has those of Pmax 25, to see as many different chunks."""
+        return max(self.pmax, 25) + CHUNK
+
+    @property
+    def short(self) -> str:
+        """The training on short clips with which it begins: in these no past is cut off, whatever Pmax."""
+        return f"short-{'open' if self.is_open else 'causal'}{'-prefix' if self.prefix else ''}"
+
+    def method(self) -> CleanPrefixConfig:
+        window = self.pmax + CHUNK
+        return CleanPrefixConfig(
+            plan=ChunkPlan(chunk=CHUNK, first=1), circle=None if self.is_open else window, bidirectional=self.is_open,
+            visibility=Window(window=window, within="full" if self.is_open else "causal"), prefix_noise=0.0,
+            prefix_frames=PREFIX if self.prefix else None, drop_text=0.1, process=IDDPM(), makes_first=True,
+        )  # fmt: skip
+
+    def network(self) -> STDiTConfig:
+        """2 M parameters."""
+        return replace(small_stdit(prefix=self.prefix), dim=128, num_layers=6, num_heads=2)
+
+
+ARMS: dict[str, Arm] = {
+    "pmax25": Arm(about="Ca2-VDM, Pmax 25"),
+    "pmax25_anew": Arm(about="Pmax 25, the same weights without a cache", of="pmax25"),
+    "pmax25_prefix": Arm(about="Ca2-VDM, Pmax 25, prefix-enhanced", prefix=True),
+    "pmax41": Arm(about="Ca2-VDM, Pmax 41", pmax=41),
+    "pmax41_anew": Arm(about="Pmax 41, the same weights without a cache", pmax=41, of="pmax41"),
+    "pmax41_prefix": Arm(about="Ca2-VDM, Pmax 41, prefix-enhanced", pmax=41, prefix=True),
+    "os_fix": Arm(about="OS-Fix, a past of 8", pmax=CHUNK, is_open=True),
+    "os_ext25": Arm(about="OS-Ext, a past of up to 25", is_open=True),
+    "os_ext25_prefix": Arm(about="OS-Ext, up to 25, prefix-enhanced", is_open=True, prefix=True),
+    "os_ext41": Arm(about="OS-Ext, a past of up to 41", pmax=41, is_open=True),
+}
+
+Found = dict[str, Any]
+"""What `scores` gives: `chunks` and `truth`, each a list of metric -> value; `prompts`: metric -> prompt -> chunk."""
+
+
+class Quality:
+    """Makes what is missing of an arm, in order: data, short clips, training, scores."""
+
+    def __init__(self, out: Path, stage: Path, seed: int, overrides: list[str], *, steps: int, guidance: float) -> None:
+        self.out, self.stage, self.seed, self.overrides = out, stage, seed, overrides
+        self.steps, self.guidance = steps, guidance
+        self.home = out / f"seed-{seed}"
+        self.codec, self.latents = stage / "codec.safetensors", out / "latents"
+        self.checked: set[Path] = set()  # trainings that are done and as they are asked for
+
+    def own(self, part: str) -> list[str]:
+        """Changes that the command line makes to a part: "train.steps=3" to all, "short:train.steps=3" to one."""
+        pairs = [o.partition(":") for o in self.overrides]
+        return [whole[2] if whole[1] else whole[0] for whole in pairs if not whole[1] or whole[0] == part]
+
+    def data(self, clips: int) -> None:
+        codec = load_file_or_name(str(self.codec), {"Taehv": "unspool.models.taehv:Taehv"})
+        encode_source(StageClips(STAGE, frames=FRAMES), codec, self.latents, fps=16.0, limit=clips, batch=4, bf16=True)
+
+    def trained(self, name: str, part: str, recipe: PrefixStageRecipe) -> Path:
+        """The folder of a training, run where it is not finished. Raises ValueError for one of other settings."""
+        folder = self.home / name
+        if folder in self.checked:
+            return folder
+        recipe = apply_overrides(replace(recipe, train=replace(recipe.train, seed=self.seed)), self.own(part))
+        trainer, began = Trainer(recipe, folder, name=name), time.monotonic()
+        last = folder / ("model/model.json" if recipe.codec else "student.safetensors")
+        # Not run again where all is there: files that are written anew have other hashes, so scores would be stale.
+        if trainer.step < recipe.train.steps or not last.is_file():
+            ended = trainer.run()
+            if not ended.is_done:
+                raise SystemExit(f"{self.home.name}: {name} stopped at step {ended.step}; run the same again to go on")
+            print(f"{self.home.name}: {name} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
+        self.checked.add(folder)
+        return folder
+
+    def recipe(self, arm: Arm, frames: int, train: TrainConfig) -> PrefixStageRecipe:
+        return PrefixStageRecipe(
+            network=arm.network(), method=arm.method(), text=str(self.stage / "text.safetensors"),
+            data=str(self.latents), frames=frames, train=train,
+        )  # fmt: skip
+
+    def short(self, arm: Arm) -> Path:
+        """Short clips first, where a step shows the most of them. Shared: their window is the default arm's."""
+        like = replace(arm, pmax=25)
+        return self.trained(arm.short, "short", self.recipe(like, SHORT, train(steps=2000, batch=32, lr=1e-3)))
+
+    def pipeline(self, name: str) -> Pipeline:
+        """The model of an arm."""
+        arm = ARMS[name]
+        if arm.of:
+            model = self.pipeline(arm.of)
+            model.spec = replace(model.spec, rollout=replace(model.spec.rollout, commit="recompute"))
+            return model
+        recipe = self.recipe(arm, arm.clip, train(steps=1500, batch=12, lr=7e-4))
+        start = self.short(arm) / "student.safetensors"
+        return load(self.trained(name, "long", replace(recipe, start=str(start), codec=str(self.codec))) / "model")
+
+    def file(self, name: str, prompts: int) -> Path:
+        return self.home / "scores" / f"{name}-{prompts}.json"
+
+    def scores(self, name: str, prompts: int) -> Found:
+        """What the arm makes of the test prompts, chunk by chunk; kept beside its weights."""
+        config = StageProtocol(
+            stage=STAGE, clips=ClipProtocol(prompts=2, held_out=0, sprites=(1.0,), unconditional=0),
+            streams=StreamProtocol(prompts=prompts, seconds=CHUNKS * SEGMENT_S, segment_s=SEGMENT_S),
+        )  # fmt: skip
+        tested = Tested(name=name, pipeline=self.pipeline(name), steps=self.steps, guidance=self.guidance)
+        facts = (tested.pipeline.weights, to_dict(tested.settings), to_dict(config), scorer_mark())
+        kept, made_of = self.file(name, prompts), mark(*facts)
+        if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))).get("made_of") == made_of:
+            return found
+        evaluation = Evaluation(config, tested, folder=self.out / "evaluation")
+        with torch.autocast("cpu", torch.bfloat16, enabled=not torch.cuda.is_available()):
+            results = evaluation.run(("streams",))
+        streams, own = summarise(evaluation, results).streams, results.streams[STUDENT]
+        values = {
+            metric: [[plain(one.get(f"{metric}.{k}", math.nan)) for k in range(CHUNKS)] for one in own.values]
+            for metric in PAIRED
+        }
+        rows = {
+            row: [{m: plain(group[m].value) if m in group else None for m in METRICS} for group in streams[of]]
+            for row, of in (("chunks", STUDENT), ("truth", TRUTH))
+        }
+        found = {"made_of": made_of, **rows, "prompts": values}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return found
+
+
+def train(*, steps: int, batch: int, lr: float) -> TrainConfig:
+    """As the stage's recipes of Ca2-VDM."""
+    return train_config(
+        steps=steps, batch=batch, lr=lr, muon_lr=1.5 * lr, decay=0.999, curve="wsd", compile=True,
+        keep_adamw=("final_layer", "t_block"),
+    )  # fmt: skip
+
+
+# ---- what came of it -----------------------------------------------------------------------------------------------
+
+Rows = dict[str, dict[int, Found]]
+"""Arm -> seed -> what was found."""
+
+
+def by_chunk(rows: dict[int, Found], metric: str, row: str = "chunks") -> list[float]:
+    """Means over seeds, chunk by chunk; NaN where nothing could be judged."""
+    values = [[chunk.get(metric) for chunk in found[row]] for found in rows.values()]
+    return np.array(values, np.float64).mean(0).tolist()
+
+
+def values_of(found: Found, metric: str) -> np.ndarray:
+    """[prompt, chunk], NaN where nothing could be judged."""
+    return np.array(found["prompts"][metric], np.float64)
+
+
+def differences(results: Rows, name: str) -> dict[str, Interval]:
+    """Of every paired metric the last chunk minus the first ("<metric>_last"), and the mean of all chunks minus that of
+    BASE with the same seed ("<metric>_base"); prompts are drawn again, whole over all seeds."""
+    out = {}
+    for metric in PAIRED:
+        own = {seed: values_of(found, metric) for seed, found in results[name].items()}
+        base = {seed: values_of(found, metric) for seed, found in results.get(BASE, {}).items()}
+        ends = np.concatenate(list(own.values()))
+        clusters = np.concatenate([np.arange(len(values)) for values in own.values()])
+        out[f"{metric}_last"] = paired_difference(ends[:, -1], ends[:, 0], clusters)
+        both = [seed for seed in own if seed in base]
+        if both and name != BASE:
+            a, b = (np.concatenate([row[seed] for seed in both]) for row in (own, base))
+            known = np.where(np.isnan(a) | np.isnan(b), np.nan, a - b)  # a chunk that both show
+            clusters = np.concatenate([np.arange(len(own[seed])) for seed in both])
+            with np.errstate(invalid="ignore"):
+                mean = np.nansum(known, 1) / (~np.isnan(known)).sum(1)
+            out[f"{metric}_base"] = paired_difference(mean, np.zeros_like(mean), clusters)
+    return out
+
+
+def table(results: Rows) -> str:
+    """Markdown: means over chunks and what was compared, then every chunk."""
+    ends = [f"{HEADS[m]}, {what}" for what in ("last - first", f"- {BASE}") for m in ("adherence", "psnr")]
+    head = ["arm", "seeds", *(HEADS[m] for m in METRICS), *ends, "FVD of the paper (table 4)"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, rows in results.items():
+        differ = differences(results, name)
+        cells = [f"{np.nanmean(by_chunk(rows, m)):.3g}" for m in METRICS]
+        for what in ("last", "base"):
+            cells += [_words(differ.get(f"{m}_{what}")) for m in ("adherence", "psnr")]
+        lines.append(f"| {ARMS[name].about} | {len(rows)} | {' | '.join(cells)} | {PAPER.get(name, '')} |")
+    for metric in METRICS:
+        lines += ["", f"| {HEADS[metric]} by chunk | {' | '.join(str(k + 1) for k in range(CHUNKS))} |"]
+        lines.append("|---" * (CHUNKS + 1) + "|")
+        shown = {ARMS[name].about: by_chunk(rows, metric) for name, rows in results.items()}
+        if results:
+            shown["the truth"] = by_chunk(next(iter(results.values())), metric, "truth")
+        lines += [f"| {about} | {' | '.join(f'{v:.3g}' for v in values)} |" for about, values in shown.items()]
+    return "\n".join(lines)
+
+
+def _words(value: Interval | None) -> str:
+    return "" if value is None else f"{value.value:+.3g} [{value.low:.3g}, {value.high:.3g}]"
+
+
+def plot(results: Rows, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, metric in zip(figure.subplots(1, 2), ("adherence", "psnr"), strict=True):
+        for name, rows in results.items():
+            style = ":" if ARMS[name].of else "--" if ARMS[name].is_open else "-"
+            label = name if metric == "psnr" else None
+            axes.plot(range(1, CHUNKS + 1), by_chunk(rows, metric), style, label=label)
+        axes.set_xlabel("chunk")
+        axes.set_ylabel(HEADS[metric])
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def collect(args: argparse.Namespace, names: list[str]) -> Rows:
+    """The scores of all arms, made where they are missing; with `--table` only what is there."""
+    results: Rows = {name: {} for name in names}
+    for seed in range(args.seeds):
+        quality = Quality(args.out, args.stage, seed, args.overrides, steps=args.steps, guidance=args.guidance)
+        if not args.table:
+            quality.data(args.clips)
+        for name in names:
+            kept = quality.file(name, args.prompts)
+            if args.table and not kept.is_file():
+                continue
+            found = json.loads(kept.read_text(encoding="utf-8")) if args.table else quality.scores(name, args.prompts)
+            results[name][seed] = found
+            words = [f"{chunk[m]:.3g}" if chunk[m] is not None else "-" for m in ("adherence", "psnr")
+                     for chunk in (found["chunks"][0], found["chunks"][-1])]  # fmt: skip
+            print(f"seed {seed}, {name}: adherence {words[0]} in the first chunk and {words[1]} in the last, "
+                  f"manifold {words[2]} and {words[3]} dB", flush=True)  # fmt: skip
+    return {name: rows for name, rows in results.items() if rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/ca2vdm-quality"))
+    parser.add_argument("--stage", type=Path, default=Path("runs/stage-64"), help="folder of codec and text encoder")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--arms", default=",".join(ARMS), help="names, separated by commas")
+    parser.add_argument("--clips", type=int, default=1500)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=25, help="steps of ancestral sampling; the paper takes 100")
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--table", action="store_true", help="show what is there and make nothing")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("overrides", nargs="*", help="a.b=c for all trainings, or short:, long: before it")
+    args = parser.parse_args()
+    names = args.arms.split(",")
+    unknown = [name for name in names if name not in ARMS]
+    if unknown:
+        parser.error(f"--arms {unknown[0]}: expected some of {', '.join(ARMS)}")
+    results = collect(args, names)
+    text = table(results)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if args.plot is not None:
+        plot(results, args.plot)
+    facts = {
+        name: {
+            "seeds": list(rows), "chunks": {m: [plain(v) for v in by_chunk(rows, m)] for m in METRICS},
+            "differences": {k: [plain(x) for x in (v.value, v.low, v.high)]
+                            for k, v in differences(results, name).items()},
+            "made_of": [found["made_of"] for found in rows.values()],
+        }
+        for name, rows in results.items()
+    }  # fmt: skip
+    setting = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print(json.dumps({"setting": setting, "torch": str(torch.__version__), "results": facts}))
+
+
+if __name__ == "__main__":
+    main()
