@@ -6,10 +6,12 @@
     python bench/ablation.py --table --results docs/ablation.json     adds it to what other runs found, and shows all
 
 Needs codec and text encoder of the 64 px stage (`unspool stage-model --until text`). Base networks are made once per
-seed. Arms of a seed start from the same causal network and are judged on the same prompts and noise, in the window
-that they were trained with; they differ in what their line says. Two differences follow from the methods: paths are
-sampled for the first `--paths` clips only (consistency sees all), and an arm without first few-step weights has had
-their training steps less, as in the paper. Seed 0 also gives a picture of some arms on the same prompts and noise.
+seed: a bidirectional one, then as many steps more of it with bidirectional and with causal time. Arms of a seed start
+from the same causal network and are judged on the same prompts and noise, in the window that they were trained with;
+they differ in what their line says. Two differences follow from the methods: paths are sampled for the first `--paths`
+clips only (consistency sees all), and an arm without first few-step weights has had their training steps less, as in
+the paper. Seed 0 also gives a picture of some arms on the same prompts and noise. Arms may be made by several runs at
+once, with one thread each (OMP_NUM_THREADS=1), where none of them makes what another one needs.
 Last line of the output: JSON.
 """
 
@@ -81,6 +83,12 @@ ARMS: dict[str, Arm] = {
     "causal_teacher": Arm("as full, the score of the causal network", teacher="causal"),
     "rollout": Arm("Self-Forcing: ODE init, DMD on rollouts", loss="rollout"),
     "consistency_rollout": Arm("consistency init, DMD on rollouts", init="consistency", loss="rollout"),
+    "shipped": Arm(
+        "consistency init, DMD on rollouts, the score of the causal network",
+        init="consistency",
+        loss="rollout",
+        teacher="causal",
+    ),
     "rollout_kv": Arm("as rollout, gradients through K/V writing", loss="rollout_kv"),
     "rollout_1": Arm("as rollout, 1 step", steps=1, loss="rollout"),
     "rollout_2": Arm("as rollout, 2 steps", steps=2, loss="rollout"),
@@ -125,13 +133,20 @@ class Ablation:
     def small(self) -> WanConfig:
         return network(dim=128, layers=6, heads=2)
 
-    def teacher(self) -> Path:
+    def base(self) -> Path:
         recipe = replace(teacher_64(), network=self.small(), data=str(self.latents), short=ShortClips())
-        return self.trained("teacher", "base", replace(recipe, train=replace(recipe.train, steps=3000)))
+        return self.trained("base", "base", replace(recipe, train=replace(recipe.train, steps=3000)))
+
+    def teacher(self) -> Path:
+        """As many steps more as the causal network, so that the two differ in nothing else."""
+        recipe = replace(
+            teacher_64(), network=self.small(), data=str(self.latents), short=ShortClips(), start=str(self.base())
+        )
+        return self.trained("teacher", "base", replace(recipe, train=replace(student_64().train, steps=1500)))
 
     def causal(self) -> Path:
         recipe = replace(student_64(), network=self.small(), data=str(self.latents), short=ShortClips(),
-                         start=str(self.teacher()))  # fmt: skip
+                         start=str(self.base()))  # fmt: skip
         return self.trained("causal", "base", replace(recipe, train=replace(recipe.train, steps=1500)))
 
     def paths(self) -> Path:
