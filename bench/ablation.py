@@ -150,7 +150,7 @@ class Ablation:
         return self.trained("causal", "base", replace(recipe, train=replace(recipe.train, steps=1500)))
 
     def paths(self) -> Path:
-        """Paths that hold the states of every list of steps: those of the longest."""
+        """Paths with the states of the longest list of steps, which has the levels of the others."""
         folder = self.home / "paths"
         config = PathsConfig(
             weights=str(self.teacher()), data=str(self.latents), text=str(self.text), network=self.small(),
@@ -170,13 +170,13 @@ class Ablation:
             )  # fmt: skip
             return self.trained("consistency", "init", recipe)
         if arm.init == "ode":
-            steps = StepList(steps=LISTS[arm.steps], shift=SHIFT)
+            steps = StepList(steps=LISTS[8], shift=SHIFT)  # the levels of all lists, so that one training serves all
             ode = OdeRecipe(
                 network=self.small(), text="", data=str(self.paths()), start=str(self.causal()), steps=steps,
                 method=OdeRegressionConfig(steps=steps, plan=chunks()),
                 train=train_config(steps=800, batch=32, lr=5e-4, muon_lr=1e-3, decay=0.99, curve="wsd", compile=True),
             )  # fmt: skip
-            return self.trained(f"ode-{arm.steps}", "init", ode)
+            return self.trained("ode", "init", ode)
         return self.causal()
 
     def weights(self, name: str, arm: Arm) -> Path:
