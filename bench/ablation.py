@@ -53,9 +53,9 @@ STAGE = StageConfig(sprites=(1.0,), events=(1.0,))
 LISTS = {1: (1000.0,), 2: (1000.0, 500.0), 4: (1000.0, 750.0, 500.0, 250.0),
          8: (1000.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0)}  # fmt: skip
 PAPER = {
-    "teacher": "many-step bidirectional: 94.6 / 62.7 / 29.6", "causal": "many-step causal: 92.4 / 60.1 / 28.5",
-    "no_init": "few-step without ODE init: 93.4 / 60.6 / 29.4", "ode": "ODE only: 92.9 / 48.1 / 25.3",
-    "causal_teacher": "causal teacher: 91.9 / 61.7 / 28.2", "full": "full: 94.7 / 64.4 / 30.1",
+    "teacher": "94.6 / 62.7 / 29.6", "causal": "92.4 / 60.1 / 28.5",
+    "no_init": "93.4 / 60.6 / 29.4", "ode": "92.9 / 48.1 / 25.3",
+    "causal_teacher": "91.9 / 61.7 / 28.2", "full": "94.7 / 64.4 / 30.1",
 }  # fmt: skip
 """CausVid's Table 4 (temporal / frame / text quality): another model, data and metric; only the order compares."""
 
@@ -76,10 +76,8 @@ ARMS: dict[str, Arm] = {
     "causal": Arm("causal, teacher forcing, 24 steps with guidance", 24, "", ""),
     "ode": Arm("ODE regression alone", init="ode", loss=""),
     "consistency": Arm("causal consistency alone", init="consistency", loss=""),
-    "no_init": Arm(
-        "DMD on noised data from the causal network, no few-step init (600 steps, others 800 + 600)", init=""
-    ),
-    "full": Arm("CausVid: ODE init, DMD on noised data, bidirectional teacher"),
+    "no_init": Arm("DMD on noised data, no few-step init", init=""),
+    "full": Arm("CausVid: ODE init, DMD on noised data, the score of the bidirectional network"),
     "causal_teacher": Arm("as full, the score of the causal network", teacher="causal"),
     "rollout": Arm("Self-Forcing: ODE init, DMD on rollouts", loss="rollout"),
     "consistency_rollout": Arm("consistency init, DMD on rollouts", init="consistency", loss="rollout"),
@@ -274,7 +272,11 @@ def picture(ablation: Ablation, path: Path) -> None:
         beside(list(zip(*found, strict=True))).save(path)
 
 
-COLUMNS = ("adherence", "strict", "psnr", "permanence", "motion", "adherence_10x", "strict_10x", "psnr_10x")
+COLUMNS = {
+    "adherence": "adherence", "strict": "all right", "psnr": "manifold dB", "permanence": "permanence",
+    "motion": "motion / truth", "adherence_10x": "adherence at 10x", "strict_10x": "all right at 10x",
+    "psnr_10x": "manifold dB at 10x",
+}  # fmt: skip
 
 
 def found_scores(out: Path, setting: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -302,13 +304,14 @@ def merge(path: Path | None, setting: dict[str, Any], rows: dict[str, dict[str, 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: mean over seeds, and the smallest and largest where there are several."""
-    lines = [f"| arm | {' | '.join(COLUMNS)} | seeds | CausVid, Table 4 |", "|---|" + "---|" * (len(COLUMNS) + 2)]
+    lines = [f"| arm | {' | '.join(COLUMNS.values())} | seeds | CausVid |", "|---|" + "---|" * (len(COLUMNS) + 2)]
     for name, rows in results.items():
         cells = []
         for column in COLUMNS:
             values = [row[column] for row in rows if row.get(column) is not None]
-            spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.3g}{spread}" if values else "")
+            digits = 1 if column.startswith("psnr") else 2
+            spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.{digits}f}{spread}" if values else "")
         lines.append(f"| {ARMS[name].about} | {' | '.join(cells)} | {len(rows)} | {PAPER.get(name, '')} |")
     return "\n".join(lines)
 
