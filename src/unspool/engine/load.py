@@ -44,6 +44,9 @@ def load(
     target = find_device(device)
     kind = parse_dtype(dtype) or (torch.float32 if target.type == "cpu" else None)
     parts = {role: _load_part(folder, role, part, kind, target) for role, part in spec.parts.items()}
+    for weight in parts["codec"].parameters() if isinstance(parts["codec"], torch.nn.Module) else ():
+        if weight.dim() == 4:  # as convolutions compute, else every call lays them out anew
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if compile:
         from unspool.ops.compile import compile_backbone
 

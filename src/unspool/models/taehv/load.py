@@ -65,8 +65,7 @@ def load_taehv(
     )
     report.require_exact(expected="a whole TAEHV in the layout of taew2_1", fix="use such a file, or fetch it again")
     load_into(codec, tensors, dtype=dtype, device=device)
-    # In the layout of the frames, else every call lays the weights out anew. (The stubs do not know the argument.)
-    return codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return codec
 
 
 def _config_of(found: Checkpoint, padding: Padding | None) -> TaehvConfig:
