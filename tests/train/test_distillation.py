@@ -59,7 +59,9 @@ def test_a_follower_is_the_average_of_what_it_follows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_are_one(kind: str, tmp_path: Path) -> None:
     # eps: Adam divides by the gradient's size, which would make differences of rounding as large as steps
-    overrides = (f"kind={kind}", "train.steps=3", "train.optim.eps=1e-5", "train.critic.eps=1e-5")
+    # (a discriminator's are the smallest: 4e-5 between the ranks' weights with 1e-5, on one kind of processor)
+    eps = "1e-4" if kind == "gan" else "1e-5"
+    overrides = (f"kind={kind}", "train.steps=3", f"train.optim.eps={eps}", f"train.critic.eps={eps}")
     overrides = overrides[:3] if kind in ("ode", "consistency") else overrides
     assert ranks(2, tmp_path / "two", *overrides, module="toy_distillation") == [0, 0]
     train(tmp_path / "one", *overrides)
