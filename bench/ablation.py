@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unspool.config import apply_overrides
+from arms import Trainings
 from unspool.data.encoding import encode_source, load_file_or_name
 from unspool.data.stage import StageClips
 from unspool.data.worlds.stage import StageConfig
@@ -45,7 +44,6 @@ from unspool.recipes.stage_distil import ConsistencyRecipe, DmdRecipe, OdeRecipe
 from unspool.recipes.stage_folder import GUIDANCE, SHIFT, write_folder
 from unspool.recipes.stage_parts import ShortClips, chunks
 from unspool.recipes.stage_paths import PathsConfig, write_stage_paths
-from unspool.train.loop import Trainer
 
 FRAMES, LATENTS, SIZE = 33, 9, (8, 8)
 PICTURE, SHOWN = ("teacher", "causal", "ode", "consistency", "full", "rollout"), 6
@@ -98,15 +96,10 @@ class Ablation:
     """Makes what is missing of an arm, in order: data, teacher, causal network, paths, init, distillation, scores."""
 
     def __init__(self, out: Path, stage: Path, seed: int, overrides: list[str], paths: int = 1000) -> None:
-        self.out, self.stage, self.seed, self.overrides, self.count = out, stage, seed, overrides, paths
+        self.out, self.stage, self.count = out, stage, paths
         self.home = out / f"seed-{seed}"
         self.latents, self.text = out / "latents", stage / "text.safetensors"
-        self.checked: set[Path] = set()  # trainings that are done and as they are asked for
-
-    def own(self, part: str) -> list[str]:
-        """Changes that the command line makes to a part: "train.steps=3" to all, "dmd:train.steps=3" to one."""
-        pairs = [o.partition(":") for o in self.overrides]
-        return [whole[2] if whole[1] else whole[0] for whole in pairs if not whole[1] or whole[0] == part]
+        self.trainings = Trainings(self.home, seed, overrides)
 
     def data(self, clips: int) -> None:
         codec = load_file_or_name(str(self.stage / "codec.safetensors"), {"Taehv": "unspool.models.taehv:Taehv"})
@@ -114,19 +107,8 @@ class Ablation:
         encode_source(source, codec, self.latents, fps=16.0, limit=clips, batch=32, bf16=True)
 
     def trained(self, name: str, part: str, recipe: Any) -> Path:
-        """Weights of a training, run where it is not finished. Raises ValueError for a folder of other settings."""
-        folder = self.home / name
-        if folder not in self.checked:
-            recipe = replace(recipe, text=str(self.text), train=replace(recipe.train, seed=self.seed))
-            recipe, began = apply_overrides(recipe, self.own(part)), time.monotonic()
-            trainer = Trainer(recipe, folder, name=name)
-            before, ended = trainer.step, trainer.run()
-            if not ended.is_done:
-                raise SystemExit(f"{self.home.name}: {name} stopped at step {ended.step}; run the same again to go on")
-            if ended.step > before:
-                print(f"{self.home.name}: {name} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
-            self.checked.add(folder)
-        return folder / "student.safetensors"
+        """Weights of a training, run where it is not finished."""
+        return self.trainings.run(name, part, replace(recipe, text=str(self.text))) / "student.safetensors"
 
     def small(self) -> WanConfig:
         return network(dim=128, layers=6, heads=2)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from arms import Trainings
 from unspool.causal.chunks import ChunkPlan
 from unspool.causal.visibility import Window
-from unspool.config import apply_overrides, to_dict
+from unspool.config import to_dict
 from unspool.data.encoding import encode_source, load_file_or_name
 from unspool.data.stage import StageClips
 from unspool.data.worlds.stage import StageConfig
@@ -49,7 +49,6 @@ from unspool.models.stdit.config import STDiTConfig
 from unspool.recipes.ca2vdm import PREFIX, PrefixStageRecipe, small_stdit
 from unspool.recipes.stage import train_config
 from unspool.train.config import TrainConfig
-from unspool.train.loop import Trainer
 
 CHUNK, FRAMES, SHORT = 8, 193, 9
 """Latent frames of a chunk, pixel frames of a clip (Pmax 41 and a chunk), latent frames of a short clip."""
@@ -123,37 +122,14 @@ class Quality:
     """Makes what is missing of an arm, in order: data, short clips, training, scores."""
 
     def __init__(self, out: Path, stage: Path, seed: int, overrides: list[str], *, steps: int, guidance: float) -> None:
-        self.out, self.stage, self.seed, self.overrides = out, stage, seed, overrides
-        self.steps, self.guidance = steps, guidance
+        self.out, self.stage, self.steps, self.guidance = out, stage, steps, guidance
         self.home = out / f"seed-{seed}"
         self.codec, self.latents = stage / "codec.safetensors", out / "latents"
-        self.checked: set[Path] = set()  # trainings that are done and as they are asked for
-
-    def own(self, part: str) -> list[str]:
-        """Changes that the command line makes to a part: "train.steps=3" to all, "short:train.steps=3" to one."""
-        pairs = [o.partition(":") for o in self.overrides]
-        return [whole[2] if whole[1] else whole[0] for whole in pairs if not whole[1] or whole[0] == part]
+        self.trainings = Trainings(self.home, seed, overrides)
 
     def data(self, clips: int) -> None:
         codec = load_file_or_name(str(self.codec), {"Taehv": "unspool.models.taehv:Taehv"})
         encode_source(StageClips(STAGE, frames=FRAMES), codec, self.latents, fps=16.0, limit=clips, batch=4, bf16=True)
-
-    def trained(self, name: str, part: str, recipe: PrefixStageRecipe) -> Path:
-        """The folder of a training, run where it is not finished. Raises ValueError for one of other settings."""
-        folder = self.home / name
-        if folder in self.checked:
-            return folder
-        recipe = apply_overrides(replace(recipe, train=replace(recipe.train, seed=self.seed)), self.own(part))
-        trainer, began = Trainer(recipe, folder, name=name), time.monotonic()
-        last = folder / ("model/model.json" if recipe.codec else "student.safetensors")
-        # Not run again where all is there: files that are written anew have other hashes, so scores would be stale.
-        if trainer.step < recipe.train.steps or not last.is_file():
-            ended = trainer.run()
-            if not ended.is_done:
-                raise SystemExit(f"{self.home.name}: {name} stopped at step {ended.step}; run the same again to go on")
-            print(f"{self.home.name}: {name} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
-        self.checked.add(folder)
-        return folder
 
     def recipe(self, arm: Arm, frames: int, train: TrainConfig) -> PrefixStageRecipe:
         return PrefixStageRecipe(
@@ -164,7 +140,7 @@ class Quality:
     def short(self, arm: Arm) -> Path:
         """Short clips first, where a step shows the most of them. Shared: their window is the default arm's."""
         like = replace(arm, pmax=25)
-        return self.trained(arm.short, "short", self.recipe(like, SHORT, train(steps=2000, batch=32, lr=1e-3)))
+        return self.trainings.run(arm.short, "short", self.recipe(like, SHORT, train(steps=2000, batch=32, lr=1e-3)))
 
     def pipeline(self, name: str) -> Pipeline:
         """The model of an arm."""
@@ -175,7 +151,8 @@ class Quality:
             return model
         recipe = self.recipe(arm, arm.clip, train(steps=1500, batch=12, lr=7e-4))
         start = self.short(arm) / "student.safetensors"
-        return load(self.trained(name, "long", replace(recipe, start=str(start), codec=str(self.codec))) / "model")
+        recipe = replace(recipe, start=str(start), codec=str(self.codec))
+        return load(self.trainings.run(name, "long", recipe, last="model/model.json") / "model")
 
     def file(self, name: str, prompts: int) -> Path:
         return self.home / "scores" / f"{name}-{prompts}.json"
