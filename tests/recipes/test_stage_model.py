@@ -10,7 +10,7 @@ import pytest
 from unspool.config import apply_overrides, locate
 from unspool.log import read_metrics
 from unspool.recipes import RECIPES
-from unspool.recipes.stage_model import PARTS, StageModel, StageModelConfig
+from unspool.recipes.stage_model import PARTS, TAKEN, StageModel, StageModelConfig
 
 SMALL = (
     "codec.train.steps=2", "codec.train.batch=2", "codec.codec.encoder_widths=8,8,8,8", "codec.frames=9",
@@ -53,6 +53,19 @@ def test_the_chain_ends_in_three_models_that_load(tmp_path: Path) -> None:
 def test_a_leg_without_time_saves_nothing_and_says_where_it_stopped(tmp_path: Path) -> None:
     ended, told = build(tmp_path, max_minutes=0.05)
     assert ended == "codec" and "run the same command again" in told[-1]
+
+
+def test_codec_and_text_encoder_may_be_those_of_a_model(tmp_path: Path) -> None:
+    taken = [tmp_path / "model" / name for name in TAKEN]
+    taken[0].parent.mkdir()
+    taken[0].write_bytes(b"a codec")
+    with pytest.raises(ValueError, match=r"lacks \['text.safetensors'\]"):
+        StageModelConfig(parts=tmp_path / "model")
+    taken[1].write_bytes(b"a text encoder")
+    ended, told = build(tmp_path, until="text", parts=tmp_path / "model")
+    assert ended is None and "codec: taken from" in told[1]
+    assert [(tmp_path / "stage-64" / name).read_bytes() for name in TAKEN] == [b"a codec", b"a text encoder"]
+    assert build(tmp_path, until="text")[1] == ["codec: already made", "text: already made"]
 
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ class Args:
     """End this leg with everything saved after so many minutes."""
     until: str = "models"
     """Last part to do: codec, text, latents, teacher, student, few, distil, long or models."""
+    parts: Path | None = None
+    """Model folder whose codec and text encoder are taken instead of training them, such as weights/stage-64-many-step:
+    with --until latents all that other recipes for the stage need."""
     assets: Path | None = None
     """Folder to write the student's model into, such as src/unspool/assets/stage."""
     weights: Path | None = None
@@ -41,7 +44,7 @@ def run(args: Args) -> int:
 
     config = StageModelConfig(
         size_px=args.size, out=args.out, clips=args.clips, max_minutes=args.max_minutes, until=args.until,
-        assets=args.assets, weights=args.weights, overrides=args.overrides,
+        parts=args.parts, assets=args.assets, weights=args.weights, overrides=args.overrides,
     )  # fmt: skip
     StageModel(config, tell=lambda line: print(line, flush=True)).run()
     return 0

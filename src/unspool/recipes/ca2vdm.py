@@ -184,7 +184,7 @@ def cyclic_method(*, chunk: int, past_chunks: int) -> CleanPrefixConfig:
 
 def ca2vdm_stage() -> PrefixStageRecipe:
     """Ca2-VDM on the 64 px stage: `unspool train ca2vdm-stage --out runs/ca2vdm`, after the stage's codec, text encoder
-    and latents (`unspool stage-model --until latents`).
+    and latents (`unspool stage-model --until latents`; `--parts weights/stage-64-many-step` takes the former two).
 
     11 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions. On two CPU
     cores .9 to 1 s a step of the short clips; no run has been finished yet.

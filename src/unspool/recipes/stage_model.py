@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import copyfile
 from typing import TYPE_CHECKING, Any, Literal
 
 from unspool.config import apply_overrides, locate
@@ -25,6 +26,8 @@ PARTS = ("codec", "text", "latents", "teacher", "student", "few", "distil", "lon
 RECIPE_OF = {"codec": "codec", "text": "text", "teacher": "teacher", "student": "student", "few": "consistency",
              "distil": "self-forcing", "long": "long"}  # fmt: skip
 """What trains a part: "stage-<size>-<recipe>"."""
+TAKEN = ("codec.safetensors", "text.safetensors")
+"""Files of a model folder that may be taken instead of trained."""
 _MEASURED_CLIPS, _FAR = 128, 10_000_000
 
 
@@ -33,7 +36,8 @@ class StageModelConfig:
     """What is built, and where.
 
     Fields: `size_px` 64 or 128; `out` folder of the runs; `clips` encoded for training; `max_minutes` of this leg
-    (None: to the end); `until` the last part to do; `assets` folder that the few-step student's model goes to,
+    (None: to the end); `until` the last part to do; `parts` model folder whose codec and text encoder are taken instead
+    of trained ones, by other recipes' latents for instance; `assets` folder that the few-step student's model goes to,
     `weights` folder for those of the teacher and of the many-step student (None: under `out`); `overrides` of the
     parts' recipes, such as "teacher.train.steps=100".
     """
@@ -43,6 +47,7 @@ class StageModelConfig:
     clips: int = 24_000
     max_minutes: float | None = None
     until: str = "models"
+    parts: Path | None = None
     assets: Path | None = None
     weights: Path | None = None
     overrides: tuple[str, ...] = ()
@@ -55,6 +60,11 @@ class StageModelConfig:
         for override in self.overrides:
             if override.partition(".")[0] not in RECIPE_OF:
                 raise ValueError(f"override {override!r}: expected PART.a.b=c with a part {', '.join(RECIPE_OF)}")
+        missing = [name for name in TAKEN if self.parts is not None and not (self.parts / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"parts={str(self.parts)!r} lacks {missing}: expected a model folder with {', '.join(TAKEN)}"
+            )
         if self.clips < 64:
             raise ValueError(f"clips={self.clips}: expected at least 64")
 
@@ -89,6 +99,8 @@ class StageModel:
     # ---- parts -------------------------------------------------------------------------------------------------
 
     def _make_codec(self) -> bool:
+        if self._take("codec"):
+            return True
         if not self._train("codec"):
             return False
         from unspool.data.stage import StageClips
@@ -106,6 +118,8 @@ class StageModel:
         return True
 
     def _make_text(self) -> bool:
+        if self._take("text"):
+            return True
         if not self._train("text"):
             return False
         from unspool.models.caption import CaptionEncoder
@@ -165,6 +179,15 @@ class StageModel:
         self.tell(f"models: {folder}")
 
     # ---- helpers -----------------------------------------------------------------------------------------------
+
+    def _take(self, part: str) -> bool:
+        """Copy a part from the folder of parts; False where there is none."""
+        if self.config.parts is None:
+            return False
+        self.home.mkdir(parents=True, exist_ok=True)
+        copyfile(self.config.parts / f"{part}.safetensors", self.home / f"{part}.safetensors")
+        self.tell(f"{part}: taken from {self.config.parts}")
+        return True
 
     def _recipe(self, part: str) -> Recipe:
         made: Any = locate(self._name(part), RECIPES)()
