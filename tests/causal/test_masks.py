@@ -21,8 +21,9 @@ from oracle import (
     plain_rows,
 )
 
-from unspool.causal.context import FullSequence
+from unspool.causal.context import FullSequence, Site
 from unspool.causal.mask import causal_mask, teacher_forcing_mask
+from unspool.causal.position import Absolute
 from unspool.causal.visibility import Kind
 
 
@@ -73,6 +74,24 @@ def test_causal_mask_equals_the_oracle(rule: Rule, how: dict[str, Any], kind: Ki
     for backend in ("slices", "dense") if mask.fixed_positions is not None else ("slices",):
         context = FullSequence(f, mask, backend=backend)  # type: ignore[arg-type]
         assert_equal_outputs(network(inputs.noisy, inputs.sigma, inputs.cond(range(f)), context), want)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("learns", [True, False])
+def test_slices_have_values_and_gradients_of_the_dense_mask(window: int | None, learns: bool) -> None:
+    rule = Rule(chunk=2, first=1, num_frames=7, window=window, sink=1 if window else 0)
+    mask = teacher_forcing_mask(rule.plan, 7, rule.visibility, Absolute())
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, weight = (torch.randn(2, 14 * 3, 2, 4, generator=rng, dtype=torch.float64) for _ in range(4))
+    site = Site(index=0, heads=2, head_dim=4)
+    found = []
+    for backend in ("slices", "dense"):
+        with torch.set_grad_enabled(learns):
+            parts = [x.clone().requires_grad_(learns) for x in (q, k, v)]
+            out = FullSequence(14, mask, backend=backend).attend(site, *parts, None)  # type: ignore[arg-type]
+            found.append([out, *(torch.autograd.grad((out * weight).sum(), parts) if learns else ())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from unspool.ops.attention import flex, sdpa
 
@@ -56,17 +57,23 @@ def test_sdpa_is_softmax_attention(b: int, n: int, m: int, heads: int, d: int, m
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 7), (40, 1100), (1030, 1020)], ids=["one", "few", "slices", "flash"])
-def test_training_on_a_cpu_has_the_values_and_gradients_of_the_fused_kernel(n: int, m: int) -> None:
+@pytest.mark.parametrize("masked", ["no", "rows", "one row for all", "heads"])
+def test_training_on_a_cpu_has_the_values_and_gradients_of_the_fused_kernel(n: int, m: int, masked: str) -> None:
     q, k, v = tokens(1, 2, n, m, 2, 4)
-    fused = sdpa(q, k, v)
+    shape = {"no": (), "rows": (n, m), "one row for all": (2, 1, 1, m), "heads": (2, 2, n, m)}[masked]
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(n)) < 0.5 if shape else None
+    if mask is not None:
+        mask[..., 0] = True
+    fused = sdpa(q, k, v, mask)
     for x in (q, k, v):
         x.requires_grad_()
-    out = sdpa(q, k, v)
+    out = sdpa(q, k, v, mask)
     torch.testing.assert_close(out, fused, rtol=0, atol=1e-6)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
     found = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    dense = torch.ones(n, m, dtype=torch.bool)  # under a mask the fused kernel is taken
-    expected = torch.autograd.grad((sdpa(q, k, v, dense) * weight).sum(), (q, k, v))
+    parts = (x.transpose(1, 2) for x in (q, k, v))
+    kernel = scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2)
+    expected = torch.autograd.grad((kernel * weight).sum(), (q, k, v))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -74,8 +81,11 @@ def test_training_on_a_cpu_has_the_values_and_gradients_of_the_fused_kernel(n: i
 def test_under_autocast_training_attends_in_its_dtype() -> None:
     q, k, v = (x.float().requires_grad_() for x in tokens(3, 1, 6, 9, 2, 8))
     with torch.autocast("cpu", torch.bfloat16):
-        out, fused = sdpa(q, k, v), sdpa(q, k, v, torch.ones(6, 9, dtype=torch.bool))
-    assert out.dtype == fused.dtype == torch.bfloat16
+        out, dense = sdpa(q, k, v), sdpa(q, k, v, torch.ones(6, 9, dtype=torch.bool))
+        parts = (x.transpose(1, 2) for x in (q, k, v))
+        fused = scaled_dot_product_attention(*parts).transpose(1, 2)
+    assert out.dtype == dense.dtype == fused.dtype == torch.bfloat16
+    assert torch.equal(out, dense)
     torch.testing.assert_close(out, fused, rtol=0, atol=0.03)
 
 

@@ -6,8 +6,10 @@ are immutable, so recomputation under gradient checkpointing sees what the forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -126,8 +128,9 @@ class FullSequence:
             return sdpa(q, k, v, self._compiled(mask.dense, site.stream, tokens, q.device))
         if self.backend == "flex":
             return flex(q, k, v, self._compiled(mask.flex, site.stream, tokens, q.device))
-        outputs = [self._attend_block(block, tokens, q, k, v, rope) for block in mask.blocks]
-        return torch.cat(outputs, dim=1)
+        cuts = _cuts(mask) if torch.is_grad_enabled() else ()
+        parts = [_Parts(x, tokens, cuts) for x in (q, k, v)]
+        return torch.cat([self._attend_block(block, parts, rope) for block in mask.blocks], dim=1)
 
     def _compiled(
         self, form: Callable[[int, torch.device], Any], stream: str, tokens: int, device: torch.device
@@ -138,16 +141,15 @@ class FullSequence:
             self._masks[key] = form(tokens, device)
         return self._masks[key]
 
-    def _attend_block(
-        self, block: MaskBlock, tokens: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None
-    ) -> Tensor:
-        own = q[:, block.queries.start * tokens : block.queries.stop * tokens]
-        keys = _take(k, block, tokens)
+    def _attend_block(self, block: MaskBlock, parts: list[_Parts], rope: Rope | None) -> Tensor:
+        q, k, v = parts
+        own = q.take([(block.queries.start, block.queries.stop)])
+        keys = k.take(block.keys.intervals, block.copies)
         if rope is not None and self._fixed is None:
-            own = rotate(own, *self._table(block.query_positions, rope, q))
+            own = rotate(own, *self._table(block.query_positions, rope, own))
             first = block.key_positions[:1] * block.copies
-            keys = rotate(keys, *self._table(first + block.key_positions, rope, q))
-        return sdpa(own, keys, _take(v, block, tokens))
+            keys = rotate(keys, *self._table(first + block.key_positions, rope, own))
+        return sdpa(own, keys, v.take(block.keys.intervals, block.copies))
 
     def _table(self, positions: tuple[int, ...], rope: Rope, like: Tensor) -> tuple[Tensor, Tensor]:
         key = (positions, rope, like.device, table_dtype(like.dtype))
@@ -157,7 +159,31 @@ class FullSequence:
         return self._tables[key]
 
 
-def _take(x: Tensor, block: MaskBlock, tokens: int) -> Tensor:
-    parts = [x[:, start * tokens : end * tokens] for start, end in block.keys.intervals]
-    parts = [parts[0][:, :tokens]] * block.copies + parts
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+class _Parts:
+    """Tokens [b, t n, h, d] of whole frames to take intervals from. With `cuts`, frames where intervals begin or end,
+    they are split there once: the gradient of that is one tensor, that of every slice would be one of all frames."""
+
+    def __init__(self, x: Tensor, tokens: int, cuts: tuple[int, ...]) -> None:
+        self.x, self.tokens, self.cuts = x, tokens, cuts
+        self.pieces = x.split([(b - a) * tokens for a, b in pairwise(cuts)], dim=1) if cuts else ()
+
+    def take(self, intervals: Iterable[tuple[int, int]], copies: int = 0) -> Tensor:
+        """The intervals of frames behind each other, the first frame `copies` times more."""
+        found = [piece for start, stop in intervals for piece in self._between(start, stop)]
+        found = [found[0][:, : self.tokens]] * copies + found
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def _between(self, start: int, stop: int) -> Sequence[Tensor]:
+        if self.cuts:
+            return self.pieces[self.cuts.index(start) : self.cuts.index(stop)]
+        return (self.x[:, start * self.tokens : stop * self.tokens],)
+
+
+@lru_cache(maxsize=64)
+def _cuts(mask: MaskSpec) -> tuple[int, ...]:
+    """0, the length, and every frame between at which queries or keys of a block begin or end."""
+    ends = {0, mask.num_frames}
+    for block in mask.blocks:
+        ends.update((block.queries.start, block.queries.stop))
+        ends.update(end for interval in block.keys.intervals for end in interval)
+    return tuple(sorted(ends))

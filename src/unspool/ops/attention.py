@@ -26,24 +26,28 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     Training on a CPU takes `explicit` for short sequences: the backward pass of torch's CPU flash kernel is slow there.
     """
     k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may store another precision than it is read in
-    if mask is None and _learns_on_cpu(q, k, v) and q.shape[1] * k.shape[1] <= _EXPLICIT_SCORES:
-        return explicit(q, k, v)
+    if _learns_on_cpu(q, k, v) and q.shape[1] * k.shape[1] <= _EXPLICIT_SCORES:
+        return explicit(q, k, v, mask)
     out = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
 
 
-def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`sdpa` by two matrix products and a softmax in at least fp32, a few queries at a time so that their scores stay
-    in the processor's cache; the probabilities are kept for the backward pass."""
+def explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`sdpa` by two matrix products and a softmax in at least fp32, a few queries at a time so that scores stay in the
+    processor's cache; the probabilities are kept for the backward pass."""
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     heads = [x.transpose(1, 2).flatten(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v)]  # copied once: [b heads, n, d]
     queries, keys, values = heads[0], heads[1].mT, heads[2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    outputs = [
-        torch.softmax(part @ keys, dim=-1, dtype=wide).to(q.dtype) @ values
-        for part in queries.split(max(_SLICE_SCORES // k.shape[1], 16), dim=1)
-    ]
+    size = max(_SLICE_SCORES // k.shape[1], 16)
+    outputs = []
+    for number, part in enumerate(queries.split(size, dim=1)):
+        scores = part @ keys
+        if mask is not None:
+            read = mask if mask.shape[-2] == 1 else mask[..., number * size : (number + 1) * size, :]
+            scores = scores.unflatten(0, (q.shape[0], q.shape[2])).masked_fill(~read, -torch.inf).flatten(0, 1)
+        outputs.append(torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype) @ values)
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
