@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from unspool.causal.visibility import Full
+from unspool.config import to_dict
 from unspool.diffusion.iddpm import IDDPM
 from unspool.engine.model_folder import ModelSpec, Part, save_model_folder
 from unspool.engine.settings import RolloutSettings
 from unspool.geometry import Geometry
 from unspool.methods.clean_prefix import CleanPrefixConfig
+from unspool.models.stdit.network import STDiT
+from unspool.recipes.stage_folder import machine
 from unspool.train.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -54,31 +60,67 @@ def settings_of(method: CleanPrefixConfig, sampling: SamplingConfig) -> RolloutS
 
 
 def describe_prefix_model(
-    method: CleanPrefixConfig, sampling: SamplingConfig, clip: Clip, *, name: str, about: str, examples: Sequence[str]
+    method: CleanPrefixConfig,
+    sampling: SamplingConfig,
+    clip: Clip,
+    *,
+    name: str,
+    about: str,
+    examples: Sequence[str],
+    vocabulary: str = "",
 ) -> ModelSpec:
-    """The model as `model.json` states it; files are filled in when it is saved."""
+    """The model as `model.json` states it; files and provenance are filled in when it is saved."""
     return ModelSpec(
         name=name, kind="causal", transformer=Part(kind="stdit"), codec=Part(kind="taehv"), text=Part(kind="caption"),
         height_px=clip.height_px, width_px=clip.width_px, fps=clip.fps, geometry=Geometry(), clip=clip.frames,
         rollout=settings_of(method, sampling), seconds=Geometry().pixel_frames(clip.frames) / clip.fps, about=about,
-        examples=tuple(examples), licence="Apache-2.0",
+        examples=tuple(examples), vocabulary=vocabulary, licence="Apache-2.0",
     )  # fmt: skip
 
 
+def card_of(spec: ModelSpec) -> str:
+    """README.md of a folder whose provenance is filled in."""
+    made, rollout = spec.provenance, spec.rollout
+    past = "all of it" if rollout.window == "full" else f"{rollout.window - rollout.chunk} latent frames"
+    knows = f" It knows {spec.vocabulary}." if spec.vocabulary else ""
+    return f"""# {spec.name}, {spec.width_px}x{spec.height_px} px
+{spec.about[:1].upper()}{spec.about[1:]}; {spec.fps:g} frames per second.
+
+- Run: `unspool generate "{spec.examples[0]}" --model FOLDER -o out.mp4`.{knows}
+- Chunks of {rollout.chunk} latent frames; of the past it reads {past}; {len(rollout.sigmas) - 1} steps of ancestral
+  sampling with guidance {rollout.guidance_scale:g}.
+- Made by `unspool train {made["recipe"]}`: {made["config"]["train"]["steps"]} steps, {made["minutes"]} minutes in its
+  last leg, on {made["hardware"]}, torch {made["torch"]}. Every setting is in model.json.
+"""
+
+
 class PrefixModel(Callback):
-    """Writes `model/` at the end of a training. `spec` and `codec` are asked for then."""
+    """Writes `model/` at the end of a training, the network in bfloat16. `spec` and `codec` are asked for then."""
 
     def __init__(self, spec: Callable[[], ModelSpec], codec: Callable[[], object]) -> None:
-        self.spec, self.codec = spec, codec
+        self.spec, self.codec, self._began = spec, codec, time.monotonic()
 
     def on_end(self, trainer: Trainer) -> None:
         with trainer.evaluating():
             if not trainer.world.is_main:
                 return
             student: Any = trainer.method.networks["student"]
-            spec, folder = self.spec(), trainer.out / "model"
-            save_model_folder(folder, spec, transformer=student.backbone, codec=self.codec(), text=student.text)
+            network = STDiT(student.backbone.config)
+            network.load_state_dict(student.backbone.state_dict())
+            spec, folder = replace(self.spec(), provenance=self._provenance(trainer)), trainer.out / "model"
+            save_model_folder(
+                folder, spec, transformer=network.to(torch.bfloat16), codec=self.codec(), text=student.text,
+                card=card_of(spec),
+            )  # fmt: skip
             print(f"model       {folder} (unspool generate --model {folder} {spec.examples[0]!r})")
+
+    def _provenance(self, trainer: Trainer) -> dict[str, Any]:
+        return {
+            "recipe": trainer.name,
+            "minutes": round((time.monotonic() - self._began) / 60, 1),
+            **machine(),
+            "config": to_dict(trainer.recipe),
+        }
 
 
 __all__ = ["Clip", "PrefixModel", "SamplingConfig", "describe_prefix_model", "settings_of"]

@@ -131,3 +131,13 @@ Sprites under a sky from captions, 16 frames per second; {what}.
 - Minutes by part: {minutes}. Hardware: {provenance["hardware"]}, torch {provenance["torch"]}.
 - Scores, and what is wrong with it: docs/stage-model.md of the repository. Every setting is in model.json.
 """
+
+
+def machine() -> dict[str, str]:
+    """Hardware and version of torch, for a model's provenance."""
+    import platform
+
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {"hardware": f"{platform.machine()}, {device}", "torch": str(torch.__version__)}

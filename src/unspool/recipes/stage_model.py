@@ -251,17 +251,11 @@ class StageModel:
         replace_text(self.home / "parts.json", json.dumps(notes, indent=1) + "\n")
 
     def _provenance(self, role: str) -> dict[str, Any]:
-        import os
-        import platform
-
-        import torch
-
         from unspool.config import to_dict
+        from unspool.recipes.stage_folder import machine
 
         minutes = {part: note.get("minutes") for part, note in self._notes().items()}
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-        return {"recipe": self._name(role), "clips": self.config.clips, "minutes": minutes,
-                "hardware": f"{platform.machine()}, {device}", "torch": str(torch.__version__),
+        return {"recipe": self._name(role), "clips": self.config.clips, "minutes": minutes, **machine(),
                 "config": to_dict(self._recipe(role))}  # fmt: skip
 
 
