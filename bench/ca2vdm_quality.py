@@ -6,14 +6,16 @@
     python bench/ca2vdm_quality.py network.dim=64 short:train.steps=500 long:train.batch=8
 
 Needs codec and text encoder of the 64 px stage in `--stage`. All arms have chunks of 8 latent frames (2 s) and the same
-number of steps on the same clips; networks of one kind of attention begin with the same training on short clips. They
-differ in how long the past is, whether the spatial attention reads it too, and whether it is cached (time is causal) or
-computed anew in every forward (OS-Fix, OS-Ext; time is bidirectional). "_anew" arms are the weights of the arm before
-them, the last Pmax frames encoded again for each chunk: what the cache remembers of frames that it no longer holds.
+number of steps on the same clips of 57; those with causal and those with bidirectional time begin with one training on
+short clips each. They differ in how long the past is, whether the spatial attention reads it too, and whether it is
+cached or computed anew in every forward (OS-Fix, OS-Ext; time is bidirectional). "_anew" arms are the weights of
+another arm, the last Pmax frames encoded again for each chunk: what the cache remembers of frames that it no longer
+holds.
 
-Each arm makes 81 latent frames from nothing for every test prompt: the first one, then ten chunks. The stage's scorer
-judges 2 s at a time; these begin one pixel frame before the chunk. Intervals are those of prompts, not of trainings.
-Last line of the output: JSON.
+Sprites bounce or orbit, so that no chunk is right by standing still; but where they go follows from the last seconds,
+so a longer past can cost here and hardly gain. Each arm makes 81 latent frames from nothing for every test prompt: the
+first one, then ten chunks. The stage's scorer judges 2 s at a time; these begin one pixel frame before the chunk. The
+truth is rendered, without the codec. Intervals are those of prompts, not of trainings. Last line of the output: JSON.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from unspool.causal.chunks import ChunkPlan
 from unspool.causal.visibility import Window
 from unspool.config import to_dict
 from unspool.data.encoding import encode_source, load_file_or_name
+from unspool.data.shard_format import replace_text
 from unspool.data.stage import StageClips
 from unspool.data.worlds.stage import StageConfig
 from unspool.diffusion.iddpm import IDDPM
@@ -50,9 +53,11 @@ from unspool.recipes.ca2vdm import PREFIX, PrefixStageRecipe, small_stdit
 from unspool.recipes.stage import train_config
 from unspool.train.config import TrainConfig
 
-CHUNK, FRAMES, SHORT = 8, 193, 9
-"""Latent frames of a chunk, pixel frames of a clip (Pmax 41 and a chunk), latent frames of a short clip."""
-STAGE = StageConfig(sprites=(1.0,), events=(1.0,))
+CHUNK, CLIP, SHORT = 8, 57, 9
+"""Latent frames of a chunk, of a clip (the first, Pmax 41 and a chunk, and one chunk more, so that every arm sees full
+windows without the first), of a short clip."""
+STAGE = StageConfig(sprites=(1.0,), events=(1.0,), motions=("bounces", "orbits"))
+PREFIX_NOISE = 0.03
 CHUNKS, SEGMENT_S = 10, 2.0
 BASE = "pmax25"
 METRICS = ("adherence", "strict", "psnr", "motion_over_truth")
@@ -61,15 +66,17 @@ HEADS = {"adherence": "adherence", "strict": "all right", "psnr": "manifold dB",
 PAPER = {
     "pmax25": "274.8 / 244.5 / 275.1", "pmax25_prefix": "257.4 / 216.5 / 238.5", "pmax41": "187.3 / 209.3 / 263.2",
     "pmax41_prefix": "185.0 / 202.9 / 240.5",
-    "os_fix": "of chunks 2 to 6 against its first (table 3): 182.9 to 315.1, Ca2-VDM 160.6 to 304.7",
+    "os_fix": "table 3, chunks 2 to 6 against its first: 182.9 to 315.1, Ca2-VDM 160.6 to 304.7",
 }  # fmt: skip
-"""FVD of three times 16 frames of SkyTimelapse (arXiv:2411.16375 table 4); of all this only the order compares."""
+"""FVD, lower is better, of three times 16 frames of SkyTimelapse (arXiv:2411.16375 table 4), or of MSR-VTT at chunks of
+16 (table 3); of all this only the order compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     """`about` for the table; a past of `pmax` latent frames; `prefix`-enhanced attention; `is_open`: time is
-    bidirectional and the past computed anew; `of`: the weights of that arm, its past computed anew by the causal rule.
+    bidirectional and the past computed anew; `of`: the weights of that arm, its past computed anew by the causal rule;
+    `against`: the arm that it is compared with.
     """
 
     about: str
@@ -77,22 +84,25 @@ class Arm:
     prefix: bool = False
     is_open: bool = False
     of: str = ""
-
-    @property
-    def clip(self) -> int:
-        """Latent frames of a training clip. OS-Fix has those of Pmax 25, to see as many different chunks."""
-        return max(self.pmax, 25) + CHUNK
+    against: str = BASE
 
     @property
     def short(self) -> str:
-        """The training on short clips with which it begins: in these no past is cut off, whatever Pmax."""
-        return f"short-{'open' if self.is_open else 'causal'}{'-prefix' if self.prefix else ''}"
+        """The training on short clips with which it begins: in these no past is cut off, whatever Pmax. The prefix
+        joins an attention that is there, so it adds no weights."""
+        return f"short-{'open' if self.is_open else 'causal'}"
+
+    @property
+    def evicts(self) -> int:
+        """Index of the first chunk whose past lacks the first latent frame."""
+        return 1 + (self.pmax - 1) // CHUNK
 
     def method(self) -> CleanPrefixConfig:
         window = self.pmax + CHUNK
         return CleanPrefixConfig(
             plan=ChunkPlan(chunk=CHUNK, first=1), circle=None if self.is_open else window, bidirectional=self.is_open,
-            visibility=Window(window=window, within="full" if self.is_open else "causal"), prefix_noise=0.0,
+            visibility=Window(window=window, within="full" if self.is_open else "causal"),
+            prefix_noise=PREFIX_NOISE,
             prefix_frames=PREFIX if self.prefix else None, drop_text=0.1, process=IDDPM(), makes_first=True,
         )  # fmt: skip
 
@@ -102,17 +112,19 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "pmax25": Arm(about="Ca2-VDM, Pmax 25"),
-    "pmax25_anew": Arm(about="Pmax 25, the same weights without a cache", of="pmax25"),
-    "pmax25_prefix": Arm(about="Ca2-VDM, Pmax 25, prefix-enhanced", prefix=True),
-    "pmax41": Arm(about="Ca2-VDM, Pmax 41", pmax=41),
-    "pmax41_anew": Arm(about="Pmax 41, the same weights without a cache", pmax=41, of="pmax41"),
-    "pmax41_prefix": Arm(about="Ca2-VDM, Pmax 41, prefix-enhanced", pmax=41, prefix=True),
+    "pmax25": Arm(about="Ca2-VDM, Pmax 25", against=""),
     "os_fix": Arm(about="OS-Fix, a past of 8", pmax=CHUNK, is_open=True),
     "os_ext25": Arm(about="OS-Ext, a past of up to 25", is_open=True),
-    "os_ext25_prefix": Arm(about="OS-Ext, up to 25, prefix-enhanced", is_open=True, prefix=True),
-    "os_ext41": Arm(about="OS-Ext, a past of up to 41", pmax=41, is_open=True),
-}
+    "pmax25_prefix": Arm(about="Ca2-VDM, Pmax 25, prefix-enhanced", prefix=True),
+    "pmax25_anew": Arm(about="Pmax 25, the same weights without a cache", of="pmax25"),
+    "pmax41": Arm(about="Ca2-VDM, Pmax 41", pmax=41),
+    "pmax41_prefix": Arm(about="Ca2-VDM, Pmax 41, prefix-enhanced", pmax=41, prefix=True, against="pmax41"),
+    "os_ext41": Arm(about="OS-Ext, a past of up to 41", pmax=41, is_open=True, against="pmax41"),
+    "pmax41_anew": Arm(about="Pmax 41, the same weights without a cache", pmax=41, of="pmax41", against="pmax41"),
+    "os_ext25_prefix": Arm(
+        about="OS-Ext, up to 25, prefix-enhanced", is_open=True, prefix=True, against="os_ext25"
+    ),
+}  # fmt: skip
 
 Found = dict[str, Any]
 """What `scores` gives: `chunks` and `truth`, each a list of metric -> value; `prompts`: metric -> prompt -> chunk."""
@@ -121,15 +133,19 @@ Found = dict[str, Any]
 class Quality:
     """Makes what is missing of an arm, in order: data, short clips, training, scores."""
 
-    def __init__(self, out: Path, stage: Path, seed: int, overrides: list[str], *, steps: int, guidance: float) -> None:
+    def __init__(
+        self, out: Path, stage: Path, seed: int, overrides: list[str], *, clips: int, steps: int, guidance: float
+    ) -> None:
         self.out, self.stage, self.steps, self.guidance = out, stage, steps, guidance
         self.home = out / f"seed-{seed}"
-        self.codec, self.latents = stage / "codec.safetensors", out / "latents"
+        self.clips, self.codec = clips, stage / "codec.safetensors"
+        self.latents = out / f"latents-{clips}"  # their path is in the recipes: another number is another training
         self.trainings = Trainings(self.home, seed, overrides)
 
-    def data(self, clips: int) -> None:
+    def data(self) -> None:
         codec = load_file_or_name(str(self.codec), {"Taehv": "unspool.models.taehv:Taehv"})
-        encode_source(StageClips(STAGE, frames=FRAMES), codec, self.latents, fps=16.0, limit=clips, batch=4, bf16=True)
+        clips = StageClips(STAGE, frames=1 + 4 * (CLIP - 1))
+        encode_source(clips, codec, self.latents, fps=16.0, limit=self.clips, batch=4, bf16=True)
 
     def recipe(self, arm: Arm, frames: int, train: TrainConfig) -> PrefixStageRecipe:
         return PrefixStageRecipe(
@@ -139,8 +155,8 @@ class Quality:
 
     def short(self, arm: Arm) -> Path:
         """Short clips first, where a step shows the most of them. Shared: their window is the default arm's."""
-        like = replace(arm, pmax=25)
-        return self.trainings.run(arm.short, "short", self.recipe(like, SHORT, train(steps=2000, batch=32, lr=1e-3)))
+        like = replace(arm, pmax=25, prefix=False)
+        return self.trainings.run(arm.short, "short", self.recipe(like, SHORT, train(steps=4000, batch=32, lr=1e-3)))
 
     def pipeline(self, name: str) -> Pipeline:
         """The model of an arm."""
@@ -149,13 +165,13 @@ class Quality:
             model = self.pipeline(arm.of)
             model.spec = replace(model.spec, rollout=replace(model.spec.rollout, commit="recompute"))
             return model
-        recipe = self.recipe(arm, arm.clip, train(steps=1500, batch=12, lr=7e-4))
+        recipe = self.recipe(arm, CLIP, train(steps=1500, batch=12, lr=7e-4))
         start = self.short(arm) / "student.safetensors"
         recipe = replace(recipe, start=str(start), codec=str(self.codec))
         return load(self.trainings.run(name, "long", recipe, last="model/model.json") / "model")
 
     def file(self, name: str, prompts: int) -> Path:
-        return self.home / "scores" / f"{name}-{prompts}.json"
+        return self.home / "scores" / f"{name}-{prompts}-{self.steps}-{self.guidance:g}.json"
 
     def scores(self, name: str, prompts: int) -> Found:
         """What the arm makes of the test prompts, chunk by chunk; kept beside its weights."""
@@ -182,7 +198,7 @@ class Quality:
         }
         found = {"made_of": made_of, **rows, "prompts": values}
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        replace_text(kept, json.dumps(found) + "\n")
         return found
 
 
@@ -212,37 +228,44 @@ def values_of(found: Found, metric: str) -> np.ndarray:
 
 
 def differences(results: Rows, name: str) -> dict[str, Interval]:
-    """Of every paired metric the last chunk minus the first ("<metric>_last"), and the mean of all chunks minus that of
-    BASE with the same seed ("<metric>_base"); prompts are drawn again, whole over all seeds."""
-    out = {}
+    """Of every paired metric the last chunk minus the first ("<metric>_last"), and the arm minus the one it is compared
+    with, same seeds, over the chunks from the first eviction of either on ("<metric>_against"): prompts are drawn
+    again, whole over all seeds."""
+    out, arm = {}, ARMS[name]
+    own, other = results[name], results.get(arm.against, {})
+    both = [seed for seed in own if seed in other]
     for metric in PAIRED:
-        own = {seed: values_of(found, metric) for seed, found in results[name].items()}
-        base = {seed: values_of(found, metric) for seed, found in results.get(BASE, {}).items()}
-        ends = np.concatenate(list(own.values()))
-        clusters = np.concatenate([np.arange(len(values)) for values in own.values()])
+        ends, clusters = _stacked(own, list(own), metric)
         out[f"{metric}_last"] = paired_difference(ends[:, -1], ends[:, 0], clusters)
-        both = [seed for seed in own if seed in base]
-        if both and name != BASE:
-            a, b = (np.concatenate([row[seed] for seed in both]) for row in (own, base))
-            known = np.where(np.isnan(a) | np.isnan(b), np.nan, a - b)  # a chunk that both show
-            clusters = np.concatenate([np.arange(len(own[seed])) for seed in both])
-            with np.errstate(invalid="ignore"):
-                mean = np.nansum(known, 1) / (~np.isnan(known)).sum(1)
-            out[f"{metric}_base"] = paired_difference(mean, np.zeros_like(mean), clusters)
+        if not both:
+            continue
+        first = min(arm.evicts, ARMS[arm.against].evicts)
+        (a, clusters), (b, _) = (_stacked(rows, both, metric) for rows in (own, other))
+        known = (a - b)[:, first:]  # NaN but for chunks that both show
+        with np.errstate(invalid="ignore"):
+            mean = np.nansum(known, 1) / (~np.isnan(known)).sum(1)
+        out[f"{metric}_against"] = paired_difference(mean, np.zeros_like(mean), clusters)
     return out
+
+
+def _stacked(rows: dict[int, Found], seeds: list[int], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values [seed prompt, chunk] and the prompt of each row."""
+    values = [values_of(rows[seed], metric) for seed in seeds]
+    return np.concatenate(values), np.concatenate([np.arange(len(one)) for one in values])
 
 
 def table(results: Rows) -> str:
     """Markdown: means over chunks and what was compared, then every chunk."""
-    ends = [f"{HEADS[m]}, {what}" for what in ("last - first", f"- {BASE}") for m in ("adherence", "psnr")]
+    ends = [f"{HEADS[m]}, {what}" for what in ("last - first", "against") for m in ("adherence", "psnr")]
     head = ["arm", "seeds", *(HEADS[m] for m in METRICS), *ends, "FVD of the paper (table 4)"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, rows in results.items():
         differ = differences(results, name)
         cells = [f"{np.nanmean(by_chunk(rows, m)):.3g}" for m in METRICS]
-        for what in ("last", "base"):
+        for what in ("last", "against"):
             cells += [_words(differ.get(f"{m}_{what}")) for m in ("adherence", "psnr")]
-        lines.append(f"| {ARMS[name].about} | {len(rows)} | {' | '.join(cells)} | {PAPER.get(name, '')} |")
+        about = ARMS[name].about + (f" (against {ARMS[name].against})" if ARMS[name].against else "")
+        lines.append(f"| {about} | {len(rows)} | {' | '.join(cells)} | {PAPER.get(name, '')} |")
     for metric in METRICS:
         lines += ["", f"| {HEADS[metric]} by chunk | {' | '.join(str(k + 1) for k in range(CHUNKS))} |"]
         lines.append("|---" * (CHUNKS + 1) + "|")
@@ -278,9 +301,10 @@ def collect(args: argparse.Namespace, names: list[str]) -> Rows:
     """The scores of all arms, made where they are missing; with `--table` only what is there."""
     results: Rows = {name: {} for name in names}
     for seed in range(args.seeds):
-        quality = Quality(args.out, args.stage, seed, args.overrides, steps=args.steps, guidance=args.guidance)
+        quality = Quality(args.out, args.stage, seed, args.overrides, clips=args.clips, steps=args.steps,
+                          guidance=args.guidance)  # fmt: skip
         if not args.table:
-            quality.data(args.clips)
+            quality.data()
         for name in names:
             kept = quality.file(name, args.prompts)
             if args.table and not kept.is_file():
@@ -300,8 +324,8 @@ def main() -> None:
     parser.add_argument("--stage", type=Path, default=Path("runs/stage-64"), help="folder of codec and text encoder")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--arms", default=",".join(ARMS), help="names, separated by commas")
-    parser.add_argument("--clips", type=int, default=1500)
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--clips", type=int, default=4000)
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--steps", type=int, default=25, help="steps of ancestral sampling; the paper takes 100")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--table", action="store_true", help="show what is there and make nothing")

@@ -108,6 +108,29 @@ def test_positions_turn_only_where_the_clip_fills_the_circle() -> None:
     assert firsts[4] == {0} and firsts[7] == {0} and len(firsts[10]) > 4
 
 
+def test_a_clip_longer_than_the_circle_is_cut_to_it_and_turned() -> None:
+    """Windows that no longer begin with the first latent frame, which alone stands for one pixel frame: what a stream
+    meets after its first eviction."""
+    batch, firsts, seen = clips(frames=16), set(), set()
+    assert batch.latents is not None
+    for seed in range(60):
+        _, call, _ = stepped(BASE, seed, batch)
+        prefix = int((call.sigma[0] == 0).sum())
+        stop = next(k + prefix for k in range(17) if torch.equal(call.x[:, :prefix], batch.latents[:, k : k + prefix]))
+        start, count = stop - prefix, call.x.shape[1]
+        assert count == min(10, start + count) and (start + count - 1) % 3 == 0
+        seen.add(start)
+        positions = call.context.positions.tolist()
+        assert [(p - positions[0]) % 10 for p in positions] == list(range(count))
+        if count == 10:
+            firsts.add(positions[0])
+    assert seen == {0, 3, 6} and len(firsts) > 6
+    partial = [stepped(BASE, seed, clips(frames=15))[1] for seed in range(40)]
+    assert {call.x.shape[1] for call in partial} == {4, 7, 10, 9}, "the last chunk of 15 frames has two"
+    spare = [stepped(replace(BASE, circle=12), seed, batch)[1] for seed in range(40)]
+    assert {call.x.shape[1] for call in spare} == {4, 7, 10}, "12 positions, of which whole chunks take 10"
+
+
 def test_a_perturbed_prefix_is_told_to_be_clean_and_changes_nothing_else() -> None:
     clean, noised = (stepped(replace(BASE, prefix_noise=level), 3)[1] for level in (0.0, 0.101))
     prefix = int((clean.sigma[0] == 0).sum())

@@ -95,21 +95,22 @@ def drawn_positions(circle: int | None, num_frames: int, rng: torch.Generator) -
     """Positions of a clip (arXiv:2411.16375 section 3.3): turned by chance where it fills the circle, else from 0 on.
 
     A shorter clip turned would teach nothing that a stream meets: its frames stand at 0 and on before the first wrap,
-    and afterwards the window fills the circle. Always consumes one draw where there is a circle.
+    and afterwards the window fills the circle. A longer one (`num_frames` before it is cut to the circle) is turned, as
+    what it is cut to is met anywhere. Always consumes one draw where there is a circle.
     """
     if circle is None:
         return Absolute()
     offset = shared_integer(circle, rng)
-    return Cyclic(length=circle, offset=offset if num_frames == circle else 0)
+    return Cyclic(length=circle, offset=offset if num_frames >= circle else 0)
 
 
 class CleanPrefix:
     """Squared error and variational bound on one noisy chunk, given clean frames before it, which bear no loss.
 
-    The length of the prefix is drawn for the batch, and the clip is cut behind the chunk (and, where all latent frames
-    read each other, in front of what the chunk reads); the noise level is drawn for each sample from all steps. Source:
-    arXiv:2411.16375 section 3.2 and appendix C, the perturbed prefix from the published code (implements `Method`; role
-    "student").
+    The length of the prefix is drawn for the batch. The clip is cut behind the chunk, and in front of what the circle
+    has positions for or, where all latent frames read each other, what the chunk reads. The noise level is drawn for
+    each sample from all steps. Source: arXiv:2411.16375 section 3.2 and appendix C, the perturbed prefix from the
+    published code (implements `Method`; role "student").
 
     Args: `backbone` an `STDiT`, or another network for IDDPM; `text`, `null_text` as `FlowMatching`. Batches of a
     network without text need none.
@@ -162,12 +163,22 @@ class CleanPrefix:
         """The latent frames of the forward, the noisy ones [prefix, stop) last, and who reads whom."""
         config = self.config
         if not config.bidirectional:
-            positions = drawn_positions(config.circle, stop, rng)
-            return list(range(stop)), clean_prefix_mask(config.plan, stop, prefix, config.sees, positions)
+            positions, start = drawn_positions(config.circle, stop, rng), self._start(prefix, stop)
+            mask = clean_prefix_mask(config.plan, stop - start, prefix - start, config.sees, positions)
+            return list(range(start, stop)), mask
         noisy = Segment(kind=Kind.DENOISE, frames=range(prefix, stop))
         segments = with_past(noisy, config.plan, config.sees, 0.0)
         taken = [frame for segment in segments for frame in segment.frames]
         return taken, open_mask(segments, config.sees, WindowRelative())
+
+    def _start(self, prefix: int, stop: int) -> int:
+        """First latent frame that is kept: of a longer prefix as much as the circle has positions for, in whole chunks
+        counted from there, as a stream without a cache would encode it."""
+        circle = self.config.circle
+        if circle is None or stop <= circle:
+            return 0
+        ends = [c.stop for c in self.config.plan.chunks(0, prefix)]
+        return prefix - max(end for end in ends if end <= circle - (stop - prefix))
 
     def _prompts(self, batch: Batch, frames: list[int], dropped: Tensor) -> BatchPrompts:
         if batch.text is None and batch.captions is None:
