@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unspool.diffusion.iddpm import IDDPM
+from unspool.diffusion.iddpm import IDDPM, VelocityIDDPM
 from unspool.diffusion.process import Process
 from unspool.rollout.guidance import combine
 
@@ -146,7 +146,7 @@ def clip(seed: int, channels: int = 4, frames: int = 3, dtype: torch.dtype = tor
 
 
 @settings(max_examples=30, deadline=None)
-@given(level=st.integers(1, 1000), predicts=st.sampled_from(["noise", "x0"]), seed=st.integers(0, 99))
+@given(level=st.integers(1, 1000), predicts=st.sampled_from(["noise", "x0", "velocity"]), seed=st.integers(0, 99))
 def test_round_trips(level: int, predicts: str, seed: int) -> None:
     process = IDDPM(predicts=predicts)  # type: ignore[arg-type]
     assert isinstance(process, Process)
@@ -164,7 +164,7 @@ def test_round_trips(level: int, predicts: str, seed: int) -> None:
         torch.testing.assert_close(of_float, of_tensor, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("process", [NOISE, X0])
+@pytest.mark.parametrize("process", [NOISE, X0, VelocityIDDPM()])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_clean_frames_are_untouched(process: IDDPM, dtype: torch.dtype) -> None:
     """Bit for bit, whatever stands beside them; step 0 is not clean, though the network is told the same number."""
@@ -175,7 +175,7 @@ def test_clean_frames_are_untouched(process: IDDPM, dtype: torch.dtype) -> None:
     assert torch.equal(process.to_x0(x0, junk, sigma)[:, 0], x0[:, 0])
     assert torch.equal(process.add_noise(x0, junk, 0.0), x0) and torch.equal(process.to_x0(x0, junk, 0.0), x0)
     assert process.timestep(sigma).tolist() == [[0.0, 0.0, 999.0]]
-    if process is NOISE:
+    if process is not X0:
         assert process.from_x0(x, x0, sigma)[:, 0].isnan().all()
         with pytest.raises(ValueError, match=r"sigma=0\.0"):
             process.from_x0(x, x0, 0.0)
@@ -186,6 +186,25 @@ def test_time_is_a_whole_step_in_either_precision(dtype: torch.dtype) -> None:
     """A level rounded to float32 would move the features of the network's timestep."""
     sigma = torch.arange(1, 1001, dtype=dtype)[None] / 1000
     assert NOISE.timestep(sigma).tolist()[0] == [float(step) for step in range(1000)]
+
+
+def test_a_velocity_is_the_derivative_along_the_angle_of_signal_and_noise() -> None:
+    """arXiv:2202.00512 appendix D: of cos(phi) x0 + sin(phi) noise with cos(phi)^2 the kept variance; a perfect noise,
+    x0 and velocity stand for the same, so they have the same bound."""
+    x0, noise, sigma = clip(0), clip(1), torch.full((2, 3), 0.3, dtype=torch.float64)
+    phi = torch.acos(kept_variances(NOISE)[299] ** 0.5)
+    step = 1e-6
+    ahead, behind = (torch.cos(phi + s) * x0 + torch.sin(phi + s) * noise for s in (step, -step))
+    process = VelocityIDDPM()
+    torch.testing.assert_close(process.target(x0, noise, 0.3), (ahead - behind) / (2 * step), rtol=0, atol=1e-8)
+    x, fraction = process.add_noise(x0, noise, 0.3), clip(2)
+    guess = clip(3)
+    bits = []
+    for each in (NOISE, X0, process):
+        prediction = torch.cat([each.from_x0(x, guess, 0.3), fraction], dim=2)
+        bits.append(each.loss(x0, noise, x, prediction, sigma).bits)
+    torch.testing.assert_close(bits[0], bits[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(bits[0], bits[2], rtol=1e-9, atol=1e-9)
 
 
 def test_posterior_is_that_of_bayes() -> None:
@@ -254,7 +273,7 @@ def test_without_a_variance_there_is_no_bound() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     x = clip(0)
     with pytest.raises((ValueError, TypeError), match="predicts"):
-        IDDPM(predicts="velocity")  # type: ignore[arg-type]
+        IDDPM(predicts="sample")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="beta_start"):
         IDDPM(beta_start=0.1, beta_end=0.01)
     with pytest.raises(ValueError, match="sigma"):

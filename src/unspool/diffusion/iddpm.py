@@ -39,19 +39,22 @@ class IDDPM:
     """Linear betas from `beta_start` to `beta_end` in `num_steps` steps (implements `Process`).
 
     `predicts` is what the first channels of a prediction stand for; further ones, as many as x has, are the fraction of
-    a learned variance. sigma, a float in [0, 1] or a tensor `[b, t]`, is rounded to the nearest k / num_steps: there is
-    no level in between, neither in the algebra nor in what the network is told.
+    a learned variance. "velocity" is `sqrt(a) noise - sqrt(1 - a) x0` (arXiv:2202.00512 appendix D): under much noise
+    an error in it is one in x0, of which "noise" learns next to nothing there. sigma, a float in [0, 1] or a tensor
+    `[b, t]`, is rounded to the nearest k / num_steps: there is no level in between, neither in the algebra nor in what
+    the network is told.
     """
 
-    predicts: Literal["noise", "x0"] = "noise"
+    predicts: Literal["noise", "x0", "velocity"] = "noise"
     num_steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.predicts not in ("noise", "x0"):
+        if self.predicts not in ("noise", "x0", "velocity"):
             raise ValueError(
-                f"got predicts={self.predicts!r}, expected 'noise' or 'x0'; flow matching is another process"
+                f"got predicts={self.predicts!r}, expected 'noise', 'x0' or 'velocity'; flow matching is another "
+                "process"
             )
         if self.num_steps < 2 or not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ValueError(
@@ -79,8 +82,7 @@ class IDDPM:
         if self.predicts == "x0":
             return _where(clean, x, mean.to(x.dtype))
         dtype = _compute_dtype(x, mean)
-        x0 = _times(signal**-0.5, x.to(dtype)) - _times((1.0 / signal - 1.0) ** 0.5, mean.to(dtype))
-        return _where(clean, x, x0.to(x.dtype))
+        return _where(clean, x, self._mean_x0(x.to(dtype), mean.to(dtype), signal).to(x.dtype))
 
     def to_noise(self, x: Latent, prediction: WidePrediction, sigma: float | Sigma) -> Latent:
         """Noise that the prediction stands for; NaN (a float raises) where x has none. Raises as `add_noise`."""
@@ -88,16 +90,23 @@ class IDDPM:
         if self.predicts == "noise":
             self._signal(sigma, x)
             return mean.to(x.dtype)
-        return self._noise_between(x, mean, sigma)
+        return self._noise_between(x, self.to_x0(x, prediction, sigma), sigma)
 
     def from_x0(self, x: Latent, x0: Latent, sigma: float | Sigma) -> Latent:
         """Prediction, without a variance, that stands for x0; undefined at sigma 0 as `to_noise`."""
-        return x0.to(x.dtype) if self.predicts == "x0" else self._noise_between(x, x0, sigma)
+        if self.predicts == "x0":
+            return x0.to(x.dtype)
+        noise = self._noise_between(x, x0, sigma)
+        return noise if self.predicts == "noise" else self.target(x0.to(x.dtype), noise, sigma)
 
     def target(self, x0: Latent, noise: Latent, sigma: float | Sigma) -> Latent:
         """What the first channels of a perfect network hold, at every sigma. Raises as `add_noise`."""
-        self._signal(sigma, x0)
-        return noise.to(x0.dtype) if self.predicts == "noise" else x0
+        signal, _ = self._signal(sigma, x0)
+        if self.predicts != "velocity":
+            return noise.to(x0.dtype) if self.predicts == "noise" else x0
+        dtype = _compute_dtype(x0, noise)
+        target = _times(signal**0.5, noise.to(dtype)) - _times((1.0 - signal) ** 0.5, x0.to(dtype))
+        return target.to(x0.dtype)
 
     @overload
     def timestep(self, sigma: float) -> float: ...
@@ -184,9 +193,7 @@ class IDDPM:
         level = level.clamp(min=1)  # what prefix frames get is finite, and not counted
         table = self._table(x.device)
         signal, after = table[level], table[level - 1]
-        mean = _first(prediction, x).detach()
-        if self.predicts == "noise":
-            mean = _times(signal**-0.5, x) - _times((1.0 / signal - 1.0) ** 0.5, mean)
+        mean = self._mean_x0(x, _first(prediction, x).detach(), signal)
         weight_x0, _ = _posterior_weights(signal, after)
         off = _times(weight_x0, x0 - mean)  # of the two posterior means: x is in both
         # The variance of step 0 is 0; published networks are given that of step 1 there.
@@ -233,6 +240,14 @@ class IDDPM:
         level = _per_frame(self._levels(sigma), x)
         return self._table(x.device)[level], level == 0
 
+    def _mean_x0(self, x: Tensor, mean: Tensor, signal: float | Tensor) -> Tensor:
+        """Clean latents that the first channels of a prediction stand for."""
+        if self.predicts == "x0":
+            return mean
+        if self.predicts == "noise":
+            return _times(signal**-0.5, x) - _times((1.0 / signal - 1.0) ** 0.5, mean)
+        return _times(signal**0.5, x) - _times((1.0 - signal) ** 0.5, mean)
+
     def _noise_between(self, x: Latent, x0: Latent, sigma: float | Sigma) -> Latent:
         """`(x - sqrt(a) x0) / sqrt(1 - a)`."""
         signal, clean = self._signal(sigma, x)
@@ -241,6 +256,13 @@ class IDDPM:
         dtype = _compute_dtype(x, x0)
         noise = _times((1.0 - signal) ** -0.5, x.to(dtype)) - _times((signal / (1.0 - signal)) ** 0.5, x0.to(dtype))
         return noise.to(x.dtype) if clean is False else torch.where(torch.as_tensor(clean), math.nan, noise).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VelocityIDDPM(IDDPM):
+    """`IDDPM(predicts="velocity")`, for a table of names."""
+
+    predicts: Literal["noise", "x0", "velocity"] = "velocity"
 
 
 @lru_cache(maxsize=16)

@@ -32,9 +32,10 @@ class RolloutSettings:
     `first_sigmas` of chunk 0; `shift` that makes schedules of another length (None: the steps are fixed, as in a
     distilled model, whose `other_sigmas` are further schedules that it can be run with); `solver` a name of SOLVERS;
     `switch_policy`, `sink_policy` what a prompt switch does by default; `process` a name of PROCESSES, under "iddpm"
-    any number of its steps can be asked for; `prefix_frames` latent frames that prefix-enhanced attentions read (None:
-    the network has none); `commit`, `commit_noise` as of `RolloutConfig`; `bidirectional_past`: under the commit
-    "recompute" all latent frames of a forward read each other, clean ones the noisy ones too (False: as `within` says).
+    and "iddpm_velocity" any number of steps can be asked for; `prefix_frames` latent frames that prefix-enhanced
+    attentions read (None: the network has none); `commit`, `commit_noise` as of `RolloutConfig`; `bidirectional_past`:
+    under the commit "recompute" all latent frames of a forward read each other, clean ones the noisy ones too (False:
+    as `within` says).
 
     Raises ValueError for a chunk shorter than `prefix_frames`, for `bidirectional_past` with a cache, and for another
     convention of guidance.
@@ -114,7 +115,7 @@ class RolloutSettings:
     def _with_steps(self, steps: int) -> RolloutSettings:
         from unspool.diffusion.schedule import uniform
 
-        if self.process == "iddpm":
+        if self.process.startswith("iddpm"):
             from unspool.diffusion.iddpm import IDDPM
 
             return replace(self, sigmas=IDDPM().schedule(steps).sigmas, conditioning=None, first_sigmas=None)
@@ -153,15 +154,19 @@ class RolloutSettings:
             visibility = Windowed(window=int(self.window), sink=self.sink, within=self.within)
         if self.prefix_frames is not None:
             visibility = PrefixEnhanced(base=visibility, frames=self.prefix_frames)
+        process = locate(self.process, PROCESSES)()
+        solver: Any = locate(self.solver, SOLVERS)()
+        if "process" in getattr(solver, "__dataclass_fields__", {}):  # it uses the tables: "ancestral"
+            solver = replace(solver, process=process)
         return RolloutConfig(
             plan=plan,
             schedule=Schedule(self.sigmas, self.conditioning),
             first_schedule=None if self.first_sigmas is None else Schedule(self.first_sigmas),
             visibility=visibility,
-            process=locate(self.process, PROCESSES)(),
+            process=process,
             commit_noise=0.0 if whole is not None else self.commit_noise,
             positions=locate(self.positions, POSITIONS)(**self.position_options),
-            solver=locate(self.solver, SOLVERS)(),
+            solver=solver,
             guidance=Guidance(self.guidance_scale, self.guidance_mode),
             sigma_commit=self.sigma_commit,
             commit="none" if whole is not None else self.commit,

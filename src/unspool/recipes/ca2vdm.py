@@ -190,7 +190,9 @@ def ca2vdm_stage() -> PrefixStageRecipe:
     a half on two CPU cores with bf16 products. The prefix is noised (standard deviation .11) in training and streaming.
     """
     return PrefixStageRecipe(
-        network=small_stdit(), method=replace(cyclic_method(chunk=4, past_chunks=4), prefix_noise=0.03),
+        network=small_stdit(), method=replace(
+            cyclic_method(chunk=4, past_chunks=4), prefix_noise=0.03, process=IDDPM(predicts="velocity")
+        ),
         text="runs/stage-64/text.safetensors", data="runs/stage-64/latents", codec="runs/stage-64/codec.safetensors",
         short=ShortClips(legs=((9, 3200),)), train=_train(steps=5400, batch=32),
     )  # fmt: skip

@@ -23,6 +23,8 @@ from unspool.train.callbacks import Callback
 if TYPE_CHECKING:
     from unspool.train.loop import Trainer
 
+PROCESS_NAMES = {"noise": "iddpm", "velocity": "iddpm_velocity"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -44,8 +46,12 @@ class Clip:
 
 def settings_of(method: CleanPrefixConfig, sampling: SamplingConfig) -> RolloutSettings:
     """The rollout that a training prepares for. Raises ValueError for a process that no model file can name."""
-    if method.process != IDDPM():
-        raise ValueError(f"process={method.process}: expected {IDDPM()}, the one that model.json calls iddpm")
+    process = PROCESS_NAMES.get(method.process.predicts)
+    if process is None or to_dict(method.process) != to_dict(IDDPM(predicts=method.process.predicts)):
+        raise ValueError(
+            f"process={method.process}: expected one that model.json has a name for, {IDDPM()}, which it calls iddpm, "
+            "or the same with predicts='velocity'"
+        )
     sees, anew = method.visibility, method.bidirectional
     positions = "relative" if anew else "absolute" if method.circle is None else "cyclic"
     return RolloutSettings(
@@ -53,7 +59,7 @@ def settings_of(method: CleanPrefixConfig, sampling: SamplingConfig) -> RolloutS
         sink=0 if isinstance(sees, Full) else sees.sink, within="causal" if sees.within == "causal" else "full",
         positions=positions,
         position_options={} if method.circle is None else {"length": method.circle},
-        sigmas=method.process.schedule(sampling.steps).sigmas, solver="ancestral", shift=None, process="iddpm",
+        sigmas=method.process.schedule(sampling.steps).sigmas, solver="ancestral", shift=None, process=process,
         guidance_scale=sampling.guidance, sigma_commit=0.0, commit_noise=method.prefix_noise, switch_policy="keep",
         prefix_frames=method.prefix_frames, commit="recompute" if anew else "separate", bidirectional_past=anew,
     )  # fmt: skip
