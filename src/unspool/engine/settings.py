@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from unspool.causal.chunks import check_prefix
@@ -156,7 +156,8 @@ class RolloutSettings:
             visibility = PrefixEnhanced(base=visibility, frames=self.prefix_frames)
         process = locate(self.process, PROCESSES)()
         solver: Any = locate(self.solver, SOLVERS)()
-        if "process" in getattr(solver, "__dataclass_fields__", {}):  # it uses the tables: "ancestral"
+        own = {f.name for f in fields(solver)} if is_dataclass(solver) else set()
+        if "process" in own:  # it uses the tables: "ancestral"
             solver = replace(solver, process=process)
         return RolloutConfig(
             plan=plan,
