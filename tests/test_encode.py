@@ -116,6 +116,9 @@ def test_a_world_without_end_with_text(tmp_path: Path, encode, capsys: pytest.Ca
     assert batch.captions == (("world 3", "then"), ("world 1", "then")) and batch.prompt_index.tolist() == [[0, 1]] * 2
     assert torch.allclose(batch.latents[0], torch.tensor(0.03), rtol=1e-2)
     assert torch.equal(batch.text[1], Letters()(["world 1", "then"]))
+    assert encode("my_codec:World", "size_px=6", "-o", tmp_path / "b", "--codec", "my_codec:Averages", "--workers", 0,
+                  "--limit", 5, "--bf16", "--dtype", "fp32") == 0  # fmt: skip
+    torch.testing.assert_close(opened(tmp_path / "b").clips([3, 1]).latents, batch.latents, rtol=1e-2, atol=1e-3)
 
 
 def test_an_interrupted_run_continues(tmp_path: Path, encode, monkeypatch: pytest.MonkeyPatch) -> None:

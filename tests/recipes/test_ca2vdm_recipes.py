@@ -43,7 +43,7 @@ def stage_files(folder: Path) -> tuple[str, ...]:
     encode_source(StageClips(frames=25, size_px=16), codec, folder / "latents", fps=16.0, limit=6)
     tiny = folder / "tiny"
     return (f"text={tiny}/text.safetensors", f"codec={tiny}/codec.safetensors", f"data={folder}/latents", "size_px=16",
-            "short.legs=[[4,1]]")  # fmt: skip
+            "frames=null", "short.legs=[[4,1]]")  # fmt: skip
 
 
 def test_the_stage_recipe_trains_goes_on_and_streams(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Args:
     """Text encoder file or module:Class whose states are stored, too; captions always are."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Number type of what is stored."""
+    bf16: bool = False
+    """Run the codec in bf16 where it loses little by it: two to four times as fast on a CPU with bf16 products."""
     batch: int = 4
     """Clips encoded together."""
     workers: int = 2
@@ -77,6 +79,7 @@ def run(args: Args) -> int:
             limit=args.limit,
             batch=args.batch,
             workers=args.workers,
+            bf16=args.bf16,
             device=_device(args.device, torch.cuda.is_available()),
             progress=progress,
         )

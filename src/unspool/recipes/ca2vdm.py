@@ -183,24 +183,27 @@ def cyclic_method(*, chunk: int, past_chunks: int) -> CleanPrefixConfig:
 
 
 def ca2vdm_stage() -> PrefixStageRecipe:
-    """Ca2-VDM on the 64 px stage: `unspool train ca2vdm-stage --out runs/ca2vdm`, after the stage's codec, text encoder
-    and latents (`unspool stage-model --until latents`; `--parts weights/stage-64-many-step` takes the former two).
+    """Ca2-VDM on the 64 px stage: `unspool train ca2vdm-stage --out runs/ca2vdm`, after codec, text encoder and latents
+    (docs/ca2vdm.md has the commands).
 
-    11 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions. About an hour and
-    a half on two CPU cores with bf16 products. The prefix is noised (standard deviation .11) in training and streaming.
+    11 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions, clips of 29 latent
+    frames, so that windows without the first one, which alone stands for one pixel frame, are met in training. About an
+    hour and three quarters on two CPU cores with bf16 products. The prefix is noised (standard deviation .11) in
+    training and streaming.
     """
+    method = cyclic_method(chunk=4, past_chunks=4)
     return PrefixStageRecipe(
-        network=small_stdit(), method=replace(
-            cyclic_method(chunk=4, past_chunks=4), prefix_noise=0.03, process=IDDPM(predicts="velocity")
-        ),
-        text="runs/stage-64/text.safetensors", data="runs/stage-64/latents", codec="runs/stage-64/codec.safetensors",
-        short=ShortClips(legs=((9, 3200),)), train=_train(steps=5400, batch=32),
+        network=small_stdit(),
+        method=replace(method, prefix_noise=0.03, process=IDDPM(predicts="velocity")),
+        text="runs/stage-64/text.safetensors", data="runs/stage-64/latents-113", frames=29,
+        codec="runs/stage-64/codec.safetensors", short=ShortClips(legs=((9, 3200),)),
+        train=_train(steps=5400, batch=32),
     )  # fmt: skip
 
 
 def vid_gpt_stage() -> PrefixStageRecipe:
     """ViD-GPT on the 64 px stage (arXiv:2406.10981): as ca2vdm-stage, but all of the past is read, at positions that
-    never turn and without prefix-enhanced attention. Good for the 81 frames of a training clip, then untrained.
+    never turn and without prefix-enhanced attention. Good for the 113 frames of a training clip, then untrained.
     """
     made = ca2vdm_stage()
     return replace(
