@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unspool.diffusion.iddpm import IDDPM, VelocityIDDPM
+from unspool.diffusion.iddpm import IDDPM
 from unspool.diffusion.process import Process
 from unspool.rollout.guidance import combine
 
@@ -164,7 +164,7 @@ def test_round_trips(level: int, predicts: str, seed: int) -> None:
         torch.testing.assert_close(of_float, of_tensor, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("process", [NOISE, X0, VelocityIDDPM()])
+@pytest.mark.parametrize("process", [NOISE, X0, IDDPM(predicts="velocity")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_clean_frames_are_untouched(process: IDDPM, dtype: torch.dtype) -> None:
     """Bit for bit, whatever stands beside them; step 0 is not clean, though the network is told the same number."""
@@ -195,7 +195,7 @@ def test_a_velocity_is_the_derivative_along_the_angle_of_signal_and_noise() -> N
     phi = torch.acos(kept_variances(NOISE)[299] ** 0.5)
     step = 1e-6
     ahead, behind = (torch.cos(phi + s) * x0 + torch.sin(phi + s) * noise for s in (step, -step))
-    process = VelocityIDDPM()
+    process = IDDPM(predicts="velocity")
     torch.testing.assert_close(process.target(x0, noise, 0.3), (ahead - behind) / (2 * step), rtol=0, atol=1e-8)
     x, fraction = process.add_noise(x0, noise, 0.3), clip(2)
     guess = clip(3)

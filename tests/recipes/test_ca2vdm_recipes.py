@@ -60,7 +60,8 @@ def test_the_stage_recipe_trains_goes_on_and_streams(tmp_path: Path) -> None:
         assert one.equal(other), "a run that was continued is the run"
     model = models[0]
     spec = json.loads((tmp_path / "run/model/model.json").read_text())
-    assert spec["transformer"]["kind"] == "stdit" and spec["rollout"]["process"] == "iddpm_velocity"
+    assert spec["transformer"]["kind"] == "stdit" and spec["rollout"]["process"] == "iddpm"
+    assert spec["rollout"]["process_options"] == {"predicts": "velocity"}
     assert spec["provenance"]["recipe"] == "ca2vdm-stage" and spec["provenance"]["config"]["train"]["steps"] == 4
     assert "unspool train ca2vdm-stage`: 4 steps" in (tmp_path / "run/model/README.md").read_text()
     assert model.settings().steps == 2 and model.settings(steps=3).steps == 3

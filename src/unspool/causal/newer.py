@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 NEWER = {"newer": True}
@@ -12,7 +12,13 @@ NEWER = {"newer": True}
 def stated(config: Any) -> dict[str, object]:
     """The fields of a dataclass by name, without newer ones at their default."""
     values = {f.name: (f, getattr(config, f.name)) for f in fields(config) if f.repr}
-    return {name: value for name, (f, value) in values.items() if not (f.metadata.get("newer") and value == f.default)}
+    return {
+        name: value for name, (f, value) in values.items() if not (f.metadata.get("newer") and value == _default(f))
+    }
+
+
+def _default(f: Field[Any]) -> object:
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def brief(config: Any) -> str:

@@ -5,6 +5,5 @@ from __future__ import annotations
 PROCESSES: dict[str, str] = {
     "flow": "unspool.diffusion.flow:FlowMatching",
     "iddpm": "unspool.diffusion.iddpm:IDDPM",
-    "iddpm_velocity": "unspool.diffusion.iddpm:VelocityIDDPM",
 }
 """Name of a process -> "module:Class"; a user's own "module:Class" may stand wherever a name is accepted."""

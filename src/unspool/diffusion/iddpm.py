@@ -258,13 +258,6 @@ class IDDPM:
         return noise.to(x.dtype) if clean is False else torch.where(torch.as_tensor(clean), math.nan, noise).to(x.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
-class VelocityIDDPM(IDDPM):
-    """`IDDPM(predicts="velocity")`, for a table of names."""
-
-    predicts: Literal["noise", "x0", "velocity"] = "velocity"
-
-
 @lru_cache(maxsize=16)
 def _signal_variances(num_steps: int, beta_start: float, beta_end: float) -> tuple[float, ...]:
     values = [1.0]

@@ -11,6 +11,7 @@ from unspool.config import locate
 
 if TYPE_CHECKING:
     from unspool.causal.visibility import Visibility
+    from unspool.diffusion.process import Process
     from unspool.rollout.settings import RolloutConfig
 
 Window = int | Literal["full"]
@@ -31,11 +32,11 @@ class RolloutSettings:
     with its `position_options`; `sigmas` of the schedule, `conditioning` what the network is told instead of them,
     `first_sigmas` of chunk 0; `shift` that makes schedules of another length (None: the steps are fixed, as in a
     distilled model, whose `other_sigmas` are further schedules that it can be run with); `solver` a name of SOLVERS;
-    `switch_policy`, `sink_policy` what a prompt switch does by default; `process` a name of PROCESSES, under "iddpm"
-    and "iddpm_velocity" any number of steps can be asked for; `prefix_frames` latent frames that prefix-enhanced
-    attentions read (None: the network has none); `commit`, `commit_noise` as of `RolloutConfig`; `bidirectional_past`:
-    under the commit "recompute" all latent frames of a forward read each other, clean ones the noisy ones too (False:
-    as `within` says).
+    `switch_policy`, `sink_policy` what a prompt switch does by default; `process` a name of PROCESSES with its
+    `process_options`, under "iddpm" any number of steps can be asked for; `prefix_frames` latent frames that
+    prefix-enhanced attentions read (None: the network has none); `commit`, `commit_noise` as of `RolloutConfig`;
+    `bidirectional_past`: under the commit "recompute" all latent frames of a forward read each other, clean ones the
+    noisy ones too (False: as `within` says).
 
     Raises ValueError for a chunk shorter than `prefix_frames`, for `bidirectional_past` with a cache, and for another
     convention of guidance.
@@ -62,6 +63,7 @@ class RolloutSettings:
     guidance_convention: str = GUIDANCE_CONVENTION
     commit: Commit = "separate"
     process: str = field(default="flow", metadata=NEWER)
+    process_options: dict[str, str | int | float] = field(default_factory=dict, metadata=NEWER)
     prefix_frames: int | None = field(default=None, metadata=NEWER)
     commit_noise: float = field(default=0.0, metadata=NEWER)
     bidirectional_past: bool = field(default=False, metadata=NEWER)
@@ -113,12 +115,12 @@ class RolloutSettings:
         return changed if steps is None or steps == self.steps else changed._with_steps(steps)
 
     def _with_steps(self, steps: int) -> RolloutSettings:
+        from unspool.diffusion.iddpm import IDDPM
         from unspool.diffusion.schedule import uniform
 
-        if self.process.startswith("iddpm"):
-            from unspool.diffusion.iddpm import IDDPM
-
-            return replace(self, sigmas=IDDPM().schedule(steps).sigmas, conditioning=None, first_sigmas=None)
+        process = self.noising()
+        if isinstance(process, IDDPM):
+            return replace(self, sigmas=process.schedule(steps).sigmas, conditioning=None, first_sigmas=None)
         if self.shift is None:
             known = {len(sigmas) - 1: sigmas for sigmas in self.other_sigmas}
             if steps in known:
@@ -128,6 +130,20 @@ class RolloutSettings:
                 f"steps={steps}: this model was distilled to {have} fixed steps; leave steps out or use {have}"
             )
         return replace(self, sigmas=uniform(steps, shift=self.shift).sigmas, conditioning=None, first_sigmas=None)
+
+    def noising(self) -> Process:
+        """The process that `process` and its options name. Raises ValueError for options that it does not have."""
+        from unspool.diffusion import PROCESSES
+
+        named = locate(self.process, PROCESSES)
+        try:
+            made: Process = named(**self.process_options)
+        except TypeError as error:
+            known = ", ".join(f.name for f in fields(named)) if is_dataclass(named) else "those of its constructor"
+            raise ValueError(
+                f"process={self.process!r} with process_options={self.process_options}: expected options among {known}"
+            ) from error
+        return made
 
     def config(self, *, whole: int | None = None) -> RolloutConfig:
         """The configuration of an endless stream, or of one clip of `whole` latent frames that is made at once.
@@ -139,7 +155,6 @@ class RolloutSettings:
         from unspool.causal.prefix import PrefixEnhanced
         from unspool.causal.visibility import Full
         from unspool.causal.visibility import Window as Windowed
-        from unspool.diffusion import PROCESSES
         from unspool.diffusion.schedule import Schedule
         from unspool.rollout.guidance import Guidance
         from unspool.rollout.settings import RolloutConfig
@@ -154,7 +169,7 @@ class RolloutSettings:
             visibility = Windowed(window=int(self.window), sink=self.sink, within=self.within)
         if self.prefix_frames is not None:
             visibility = PrefixEnhanced(base=visibility, frames=self.prefix_frames)
-        process = locate(self.process, PROCESSES)()
+        process = self.noising()
         solver: Any = locate(self.solver, SOLVERS)()
         own = {f.name for f in fields(solver)} if is_dataclass(solver) else set()
         if "process" in own:  # it uses the tables: "ancestral"

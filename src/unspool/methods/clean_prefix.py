@@ -177,8 +177,8 @@ class CleanPrefix:
         circle = self.config.circle
         if circle is None or stop <= circle:
             return 0
-        ends = [c.stop for c in self.config.plan.chunks(0, prefix)]
-        return prefix - max(end for end in ends if end <= circle - (stop - prefix))
+        kept = [c.stop for c in self.config.plan.chunks(0, prefix) if c.stop <= circle - (stop - prefix)]
+        return prefix - max(kept, default=0)  # no past fits: the chunk alone, as a window of one chunk has it
 
     def _prompts(self, batch: Batch, frames: list[int], dropped: Tensor) -> BatchPrompts:
         if batch.text is None and batch.captions is None:

@@ -23,8 +23,6 @@ from unspool.train.callbacks import Callback
 if TYPE_CHECKING:
     from unspool.train.loop import Trainer
 
-PROCESS_NAMES = {"noise": "iddpm", "velocity": "iddpm_velocity"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -45,13 +43,9 @@ class Clip:
 
 
 def settings_of(method: CleanPrefixConfig, sampling: SamplingConfig) -> RolloutSettings:
-    """The rollout that a training prepares for. Raises ValueError for a process that no model file can name."""
-    process = PROCESS_NAMES.get(method.process.predicts)
-    if process is None or to_dict(method.process) != to_dict(IDDPM(predicts=method.process.predicts)):
-        raise ValueError(
-            f"process={method.process}: expected one that model.json has a name for, {IDDPM()}, which it calls iddpm, "
-            "or the same with predicts='velocity'"
-        )
+    """The rollout that a training prepares for."""
+    usual = to_dict(IDDPM())
+    options = {name: value for name, value in to_dict(method.process).items() if value != usual[name]}
     sees, anew = method.visibility, method.bidirectional
     positions = "relative" if anew else "absolute" if method.circle is None else "cyclic"
     return RolloutSettings(
@@ -59,7 +53,8 @@ def settings_of(method: CleanPrefixConfig, sampling: SamplingConfig) -> RolloutS
         sink=0 if isinstance(sees, Full) else sees.sink, within="causal" if sees.within == "causal" else "full",
         positions=positions,
         position_options={} if method.circle is None else {"length": method.circle},
-        sigmas=method.process.schedule(sampling.steps).sigmas, solver="ancestral", shift=None, process=process,
+        sigmas=method.process.schedule(sampling.steps).sigmas, solver="ancestral", shift=None,
+        process="iddpm", process_options=options,
         guidance_scale=sampling.guidance, sigma_commit=0.0, commit_noise=method.prefix_noise, switch_policy="keep",
         prefix_frames=method.prefix_frames, commit="recompute" if anew else "separate", bidirectional_past=anew,
     )  # fmt: skip

@@ -1,0 +1,45 @@
+"""Rollout settings as data: the process with its options, there and back, and refused where they do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tiny_model import SETTINGS
+
+from unspool.causal.newer import stated
+from unspool.config import from_dict, to_dict
+from unspool.diffusion.flow import FlowMatching
+from unspool.diffusion.iddpm import IDDPM
+from unspool.engine.settings import RolloutSettings
+from unspool.rollout.solvers.ancestral import Ancestral
+
+VELOCITY = IDDPM(predicts="velocity", num_steps=200)
+OPTIONS: dict[str, str | int | float] = {"predicts": "velocity", "num_steps": 200}
+ANCESTRAL = replace(
+    SETTINGS, process="iddpm", process_options=OPTIONS, solver="ancestral", shift=None,
+    sigmas=VELOCITY.schedule(4).sigmas,
+)  # fmt: skip
+
+
+def test_options_reach_the_process_its_solver_and_its_schedules() -> None:
+    again = from_dict(RolloutSettings, to_dict(ANCESTRAL))
+    assert again == ANCESTRAL and again.noising() == VELOCITY
+    config = again.config()
+    assert config.process == VELOCITY and config.solver == Ancestral(process=VELOCITY)
+    assert again.changed(steps=7).sigmas == VELOCITY.schedule(7).sigmas != IDDPM().schedule(7).sigmas
+    assert SETTINGS.config().process == FlowMatching()
+
+
+def test_options_are_unsaid_while_there_are_none() -> None:
+    """So that records of before there were any still fit."""
+    assert "process_options" in stated(ANCESTRAL)
+    assert not {"process", "process_options", "prefix_frames"} & set(stated(SETTINGS))
+
+
+def test_options_that_the_process_does_not_have_are_refused() -> None:
+    wrong = replace(ANCESTRAL, process_options={"predict": "velocity"})
+    with pytest.raises(ValueError, match=r"'predict': 'velocity'.*expected options among predicts, num_steps"):
+        wrong.config()
+    with pytest.raises(ValueError, match="got num_steps=1"):
+        replace(ANCESTRAL, process_options={"num_steps": 1}).noising()
