@@ -90,6 +90,27 @@ def test_a_live_switch_equals_a_planned_one(policy: Any) -> None:
         assert torch.equal(torch.cat([*parts, *(c.latents for c in stream)], 1), planned)
 
 
+@pytest.mark.parametrize("policy", ["keep", "recache", "flush"])
+def test_a_switch_between_two_passes_is_the_next_chunks(policy: Any) -> None:
+    """With its policy: the chunk that is being made has begun under the old prompt."""
+    planned = run(shared_network(), SETTING, text(0), [Switch(frame=6, text=text(1), policy=policy)])
+    stream = make_rollout(shared_network(), SETTING, text(0))
+    chunks = [stream.next_chunk() for _ in range(2)]
+    passes = stream.passes()
+    next(passes)
+    with pytest.raises(ValueError, match="frame=4 is already made; expected a latent frame from 6 on"):
+        stream.switch(text(1), frame=4)
+    assert stream.switch(text(1), policy=policy).frame == 6
+    while len(chunks) == 2:
+        try:
+            next(passes)
+        except StopIteration as end:
+            chunks.append(end.value)
+    chunks += stream
+    assert [c.switched for c in chunks] == [i == 3 for i in range(6)]
+    assert torch.equal(torch.cat([c.latents for c in chunks], 1), planned)
+
+
 def test_switches_in_one_chunk() -> None:
     """Of several switches that fall between two chunk starts the last one's text counts, and every one is numbered."""
     switches = [keep(1, 1), keep(1, 2), keep(2, 3)]

@@ -101,13 +101,11 @@ class Rollout:
         check_commit(self.branches.caches[0], config)
         sink = max(sink_of(config.visibility), default=-1) + 1
         self.history = CleanHistory(config.plan, capacity_of(config.visibility), sink)
-        self.index = 0  # of the next chunk
+        self.index, self._is_open = 0, False  # of the next chunk; whether it is being made
         self.starts: list[int] = []  # of the chunks so far, as far back as a blend of prompts can reach
         self._pending: tuple[int, Moment] | None = None  # chunk that waits for its commit pass
         self._tail: Tensor | None = None  # its latents
-        self._repeat: tuple[tuple[int, float], Tensor] | None = (
-            None  # (prompt, weight), prediction of a fused first step
-        )
+        self._repeat: tuple[tuple[int, float], Tensor] | None = None  # (prompt, weight), result of a fused first step
         self._text: Tensor | None = None  # of the last chunk
         self._switched = 0  # number of the last switch that was carried out
         self._sigmas: dict[float, Tensor] = {}
@@ -139,11 +137,12 @@ class Rollout:
     def passes(self) -> Generator[None, None, Chunk]:
         """`next_chunk` with a stop between any two passes, in which something else may be done; returns the chunk.
 
-        Closing it before its end leaves the stream as it was. One at a time.
+        Closing it early leaves the stream as it was. One at a time; a prompt given meanwhile is the next chunk's.
         """
         frames = self.config.plan.frames(self.index)
         starts = [*self.starts, frames.start]
         moment = self.timeline.moment(starts, self._text)
+        self._is_open = True
         try:
             if self._enter(frames.start, moment):
                 yield
@@ -151,6 +150,8 @@ class Rollout:
         except BaseException:
             self.branches.discard()
             raise
+        finally:
+            self._is_open = False
         return self._finished(frames, starts, moment, latents)
 
     def _finished(self, frames: range, starts: list[int], moment: Moment, latents: Tensor) -> Chunk:
@@ -175,7 +176,7 @@ class Rollout:
 
         Raises ValueError for a text that the network does not take, or a frame that is already made.
         """
-        start = self.config.plan.frames(self.index).start
+        start = self.config.plan.frames(self.index + self._is_open).start
         if frame is not None and frame < start:
             raise ValueError(f"frame={frame} is already made; expected a latent frame from {start} on, or None for now")
         switch = Switch(frame=start if frame is None else frame, text=text, **how)

@@ -93,7 +93,7 @@ def put_back(stream: Rollout, snapshot: Snapshot) -> None:
     stream._text, stream._repeat = loose.get("text"), None
     if facts["repeat"] is not None:
         stream._repeat = ((facts["repeat"][0], facts["repeat"][1]), loose["repeat"])
-    stream._pending, stream._tail = None, None
+    stream._pending, stream._tail, stream._is_open = None, None, False
     if facts["pending"] is not None:
         assert stream._text is not None
         prompt, weight = facts["moment"]
