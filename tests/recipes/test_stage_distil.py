@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unspool.config import apply_overrides, locate
-from unspool.data.shard_format import ShardHeader
+from unspool.data.shard_format import ShardHeader, read_header, write_header
 from unspool.data.shard_writer import ShardWriter
 from unspool.data.shards import LatentShards, LatentShardsConfig
 from unspool.data.trajectories import TrajectoryConfig, TrajectoryShards, write_trajectories
@@ -131,7 +133,38 @@ def test_paths_are_sampled_first_where_there_are_none(home: Path, tmp_path: Path
     assert facts["kind"] == "bidirectional" and facts["steps"] == GRID and facts["guidance_from_uncond"] == 3.0
 
 
+def test_weights_and_data_of_different_codecs_are_refused(home: Path, tmp_path: Path) -> None:
+    """Channels and patches agree: what tells them apart is the codec's hash, which shards and exports carry."""
+    for name, mark in (("one", "1" * 64), ("other", "2" * 64)):
+        save_file(load_file(home / "teacher.safetensors"), tmp_path / f"{name}.safetensors", {"codec_sha256": mark})
+    one, other = (str(tmp_path / f"{name}.safetensors") for name in ("one", "other"))
+    recipe: Any = made("stage-64-causvid", home)
+    assert replace(recipe, start=one, teacher=one, critic="").build_method(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"different codecs .*one\.safetensors: 1{12}, .*other\.safetensors: 2{12}"):
+        replace(recipe, start=one, teacher=other).build_method(torch.device("cpu"))
+    encoded = tmp_path / "latents"
+    shutil.copytree(home / "latents", encoded)
+    header, _ = read_header(encoded)
+    write_header(encoded, replace(header, codec_sha256="3" * 64), num_clips=1, is_complete=True)
+    with pytest.raises(ValueError, match=r"different codecs .*latents: 3{12}"):
+        replace(recipe, start=one, teacher=one, data=str(encoded)).build_method(torch.device("cpu"))
+
+
+def test_exports_say_whose_latents_they_know(home: Path, tmp_path: Path) -> None:
+    encoded = tmp_path / "latents"
+    shutil.copytree(home / "latents", encoded)
+    header, _ = read_header(encoded)
+    count = len((encoded / "index.jsonl").read_text().splitlines())
+    write_header(encoded, replace(header, codec_sha256="3" * 64), num_clips=count, is_complete=True)
+    Trainer(replace(made("stage-64-consistency", home), data=str(encoded)), tmp_path / "run", show=False).run()
+    with safe_open(str(tmp_path / "run" / "student.safetensors"), "pt") as file:
+        assert file.metadata()["codec_sha256"] == "3" * 64
+
+
 def test_settings_without_effect_are_refused(home: Path) -> None:
+    with pytest.raises(ValueError, match=r"teacher_kind='causal' with method\.past='noisy'"):
+        made("stage-64-ode", home, "teacher_kind=causal")
+    assert made("stage-64-ode", home, "teacher_kind=causal", "method.past=clean", "method.clean=false")
     with pytest.raises(ValueError, match="learn_text"):
         made("stage-64-causvid", home, "learn_text=true")
     with pytest.raises(ValueError, match=r"short\.legs"):

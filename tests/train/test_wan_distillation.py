@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from unspool.config import locate
 from unspool.methods.base import Method
+from unspool.models.taehv import Taehv, TaehvConfig
 from unspool.recipes import RECIPES
+from unspool.train.ema import ema_decay
 
 PARAMETERS, LARGE = 1_418_996_800, 14_288_491_584
 
@@ -75,3 +77,21 @@ def test_a_teacher_may_be_kept_in_bf16(folder: Path, tmp_path: Path) -> None:
     assert next(method.teacher_network.parameters()).dtype == torch.bfloat16
     assert next(method.student.parameters()).dtype == torch.float32
     assert trainer.state.skipped == 0
+
+
+def test_long_rollouts_open_their_windows_with_the_codec(folder: Path, tmp_path: Path) -> None:
+    """21 latent frames of a rollout of 24; without a codec that is refused before any step."""
+    name, longer = "wan-1.3b-self-forcing", "method.sample.longest=24"
+    with pytest.raises(ValueError, match="need the codec"):
+        toy_wan.train(tmp_path / "none", str(folder), name, longer)
+    torch.manual_seed(0)
+    codec = Taehv(TaehvConfig(encoder_widths=4, decoder_widths=(8, 8, 4, 4), padding="start", num_blocks=1))
+    codec.save(tmp_path / "codec.safetensors")
+    trainer = toy_wan.train(tmp_path / "long", str(folder), name, longer, f"codec={tmp_path / 'codec.safetensors'}")
+    method: Any = trainer.method
+    assert method.sampler.codec is not None and trainer.state.step == 2 and trainer.state.skipped == 0
+
+
+def test_the_published_average_begins_late_and_at_its_full_decay() -> None:
+    config = locate("wan-1.3b-self-forcing", RECIPES)().train.ema
+    assert [ema_decay(config, update) for update in (0, 39, 40, 119)] == [0.0, 0.0, 0.99, 0.99]

@@ -24,6 +24,11 @@ class Curriculum:
             raise ValueError(f"{len(legs)} legs: expected at least one, each with at least 1 step")
         self.legs = tuple(legs)
 
+    @property
+    def codec_sha256(self) -> str | None:
+        """Of the codec that made the last leg's latents; None where it does not say."""
+        return getattr(self.legs[-1].source, "codec_sha256", None)
+
     def leg_at(self, step: int) -> tuple[int, int]:
         """(number of the leg, step within it)."""
         for number, leg in enumerate(self.legs[:-1]):

@@ -109,6 +109,11 @@ class LatentShards:
         """A further array of clip `index` as it was stored. Raises ValueError where the clip has none of that name."""
         return self._read(self.entries[index], name, 0, None)
 
+    @property
+    def codec_sha256(self) -> str | None:
+        """Of the codec that made the latents; None where it has no weights."""
+        return self.header.codec_sha256
+
     def describe(self) -> dict[str, object]:
         """Provenance: that of the clips, and the codec."""
         source = json.loads(self.header.source)

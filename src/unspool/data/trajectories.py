@@ -193,6 +193,11 @@ class TrajectoryShards:
     def __len__(self) -> int:
         return len(self.shards)
 
+    @property
+    def codec_sha256(self) -> str | None:
+        """Of the codec whose latents the paths lead to."""
+        return self.shards.codec_sha256
+
     def describe(self) -> dict[str, object]:
         """Provenance: the teacher, its steps and guidance."""
         return dict(json.loads(self.shards.header.source))

@@ -62,7 +62,12 @@ class DistilRecipe(LatentRecipe):
         return self.steps
 
     def parts(self, device: torch.device, *files: str) -> tuple[list[WanTransformer], CaptionEncoder]:
-        """A network for each weight file ("" leaves new weights), and the text encoder."""
+        """A network for each weight file ("" leaves new weights), and the text encoder. Raises ValueError for weights
+        and data of different codecs."""
+        from unspool.train.export import check_codec
+
+        if not self.mixed_codecs:
+            check_codec(self.data, *files, codec=getattr(self, "codec", ""))
         first, text = self.student_parts(device)
         made = [first, *(self.student_parts(device)[0] for _ in files[1:])]
         for network, file in zip(made, files, strict=True):
@@ -112,6 +117,11 @@ class OdeRecipe(DistilRecipe):
             raise ValueError("short.legs has no effect on stored paths; leave it empty")
         if self.steps != self.method.steps:
             raise ValueError(f"steps={self.steps.steps}, method.steps={self.method.steps.steps}: expected the same")
+        if self.teacher_kind == "causal" and self.method.past != "clean":
+            raise ValueError(
+                f"teacher_kind='causal' with method.past={self.method.past!r}: a causal teacher's paths go on behind "
+                "clean chunks; use method.past=clean method.clean=false"
+            )
 
     def prepare(self, out: Path) -> OdeRecipe:
         """Sample the paths where they are not there."""

@@ -95,7 +95,8 @@ class LatentRecipe(Recipe):
     Fields: `network` sizes; `text` a text encoder file; `learn_text` whether it goes on learning: at the network's
     rates it forgets what the loss does not ask for yet, shapes and motions first (read off its states after 3,000
     steps: shapes 1.00 before, .40 after); `data` a folder of latents, of which `changes` keeps the clips whose prompt
-    changes; `start` weights of the student to begin with.
+    changes; `start` weights of the student to begin with; `mixed_codecs`: weights and data may come from codecs of
+    different files, which share an encoder.
     """
 
     network: WanConfig
@@ -107,10 +108,11 @@ class LatentRecipe(Recipe):
     short: ShortClips = field(default_factory=ShortClips)
     in_memory: bool = True
     size_px: int = 64
+    mixed_codecs: bool = False
     watch: WatchConfig = field(default_factory=WatchConfig)
 
     kind: ClassVar[Literal["causal", "bidirectional"]] = "bidirectional"
-    harmless: ClassVar[tuple[str, ...]] = ("watch",)
+    harmless: ClassVar[tuple[str, ...]] = ("watch", "mixed_codecs")
 
     @property
     def few(self) -> StepList | None:

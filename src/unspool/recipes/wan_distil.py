@@ -46,11 +46,14 @@ SELF_FORCING_STEPS = StepList(steps=(1000.0, 750.0, 500.0, 250.0), shift=5.0)
 class WanDistilRecipe(Recipe):
     """A distillation of a Wan network.
 
-    Fields: `network` of student and critic, `teacher_network` where the teacher's differs (None: the same); `start`
-    the student's first weights and `teacher` the score's: a run's export, or what `load_wan` takes ("" leaves new
-    weights: a dry run); `critic` the critic's first ones ("": the teacher's, where the sizes agree); `data` latents
-    with text states, or trajectories for ODE regression; `null_text` a safetensors file with one tensor
-    [rows, channels], the states of the empty caption (for published guidance: of the negative prompt).
+    Fields: `network` of student and critic, `teacher_network` where the teacher's differs (None: the same); `start` the
+    student's first weights and `teacher` the score's: a run's export, or what `load_wan` takes ("" leaves new weights:
+    a dry run); `critic` the critic's first ones ("": the teacher's, where the sizes agree); `data` latents with text
+    states, or trajectories for ODE regression; `codec` opens the windows of rollouts longer than what is scored
+    (`method.sample.longest`): a file, name or module:Class as of `unspool encode --codec` that pads at the start, which
+    the published TAEHV does not; `null_text` a safetensors file with one tensor [rows, channels], the states of the
+    empty caption (for published guidance: of the negative prompt); `mixed_codecs`: weights and data may come from
+    codecs of different files.
     """
 
     network: WanConfig = WAN21_1_3B
@@ -59,10 +62,16 @@ class WanDistilRecipe(Recipe):
     teacher: str = ""
     critic: str = ""
     data: str = ""
+    codec: str = ""
     null_text: str = ""
+    mixed_codecs: bool = False
     method: DmdConfig | ConsistencyConfig | OdeRegressionConfig
 
     def build_method(self, device: torch.device) -> Method:
+        from unspool.train.export import check_codec
+
+        if not self.mixed_codecs:
+            check_codec(self.data, self.start, self.teacher, self.critic, codec=self.codec)
         null = self._null(device)
         student = self._network(self.network, self.start, device)
         if isinstance(self.method, OdeRegressionConfig):
@@ -81,7 +90,9 @@ class WanDistilRecipe(Recipe):
             raise ValueError("the teacher's sizes differ from the critic's; give critic= (a bidirectional network)")
         teacher = self._network(large, self.teacher, device, frozen=True)
         critic = self._network(self.network, self.critic or self.teacher, device)
-        return DistributionMatching(self.method, backbone=student, teacher=teacher, critic=critic, null_text=null)
+        return DistributionMatching(
+            self.method, backbone=student, teacher=teacher, critic=critic, null_text=null, codec=self._codec(device)
+        )
 
     def build_source(self) -> Source:
         from unspool.data.shards import LatentShards, LatentShardsConfig
@@ -110,6 +121,16 @@ class WanDistilRecipe(Recipe):
             load_backbone(network, weights)
             return network.to(place, dtype)
         return load_wan(weights, config=config, dtype=dtype, device=place)
+
+    def _codec(self, device: torch.device) -> Any:
+        if not self.codec:
+            return None
+        from torch import nn
+
+        from unspool.data.encoding import CODECS, load_file_or_name
+
+        module: Any = load_file_or_name(self.codec, CODECS).module
+        return module.to(device).eval().requires_grad_(False) if isinstance(module, nn.Module) else module
 
     def _null(self, device: torch.device) -> Tensor | None:
         if not self.null_text:
@@ -178,7 +199,8 @@ def wan_self_forcing() -> WanDistilRecipe:
         ),
         train=TrainConfig(
             steps=600, batch=64, optim=optim, critic=OptimConfig(lr=4e-7, betas=(0.0, 0.999), weight_decay=0.01),
-            ema=EmaConfig(decay=0.99, start=40), clip_norm=10.0, gradient_checkpointing=True, frozen_dtype="bf16",
+            ema=EmaConfig(decay=0.99, warmup=0, start=40), clip_norm=10.0, gradient_checkpointing=True,
+            frozen_dtype="bf16",
         ),
     )  # fmt: skip
 

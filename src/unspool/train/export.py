@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from unspool.data.shard_format import HEADER, read_header
 from unspool.train.checkpoint import Saved, check_files, fill, find, stored
 from unspool.train.parallel import World
+from unspool.weights.files import sha256_of
 from unspool.weights.read import read_checkpoint
 from unspool.weights.write import save_file
 
 Which = Literal["ema", "raw"]
+CODEC = "codec_sha256"
+"""In checkpoints and in the header of exported weights: which codec's latents they were trained on."""
 _ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
@@ -60,7 +65,30 @@ def export_weights(
         "weights": which or ("ema" if _has_average(saved, role) else "raw"),
         **{f"version_{name}": str(value) for name, value in saved.state.get("versions", {}).items()},
     }
+    if codec := saved.state.get(CODEC):
+        header[CODEC] = codec
     return save_file(chosen, out, metadata={**header, **(metadata or {})})
+
+
+def check_codec(data: str, *files: str, codec: str = "") -> None:
+    """Raise ValueError where weight files were trained on latents of other codecs than each other, than those in the
+    folder `data`, or than the file `codec`. What does not say, or is not there, is not compared."""
+    made: dict[str, str | None] = {}
+    if codec and Path(codec).is_file():
+        made[codec] = sha256_of([Path(codec)])
+    if data and (Path(data) / HEADER).is_file():
+        made[data] = read_header(Path(data))[0].codec_sha256
+    for file in files:
+        if Path(file).suffix == ".safetensors" and Path(file).is_file():
+            with safe_open(file, framework="pt") as opened:
+                made[file] = (opened.metadata() or {}).get(CODEC)
+    known = {name: mark for name, mark in made.items() if mark}
+    if len(set(known.values())) > 1:
+        told = ", ".join(f"{name}: {mark[:12]}" for name, mark in known.items())
+        raise ValueError(
+            f"latents of different codecs ({told}); expected those of one: encode or train with one codec, or set "
+            "mixed_codecs=true where they share an encoder"
+        )
 
 
 def _found(path: Path) -> Saved:

@@ -19,7 +19,7 @@ from torch import Tensor
 from unspool.config import to_dict, to_yaml
 from unspool.data.batch import Batch
 from unspool.train.checkpoint import Saved, find, save
-from unspool.train.export import export_weights, read_weights
+from unspool.train.export import CODEC, export_weights, read_weights
 from unspool.train.feed import Feed, to_device
 from unspool.train.optim import lr_factor
 from unspool.train.parallel import World, gather_after, global_norm, local, start_world, sync_gradients, whole
@@ -287,6 +287,7 @@ class Trainer:
             "class": type(self.recipe).__qualname__,
             "config": to_dict(self.recipe),
             "seed": self._train.seed,
+            CODEC: getattr(self._source, "codec_sha256", None),
             "counters": self.state.counters(),
         }
         path = save(self.out, self.step, self.state.tensors(), state, self.world, keep=self._train.keep)
