@@ -7,11 +7,12 @@
 
 Needs codec and text encoder of the 64 px stage (`unspool stage-model --until text`). Base networks are made once per
 seed: a bidirectional one, then as many steps more of it with bidirectional and with causal time. Arms of a seed start
-from the same causal network and are judged on the same prompts and noise, in the window that they were trained with;
-they differ in what their line says. Two differences follow from the methods: paths are sampled for the first `--paths`
-clips only (consistency sees all), and an arm without first few-step weights has had their training steps less, as in
-the paper. Seed 0 also gives a picture of some arms on the same prompts and noise. Arms may be made by several runs at
-once, with one thread each (OMP_NUM_THREADS=1), where none of them makes what another one needs.
+from the same causal network and are judged on the same prompts and noise, in streams whose window is as long as the
+clips of their training (which saw no eviction); they differ in what their line says. Two differences follow from the
+methods: paths are sampled for the first `--paths` clips only (consistency sees all), and an arm without first few-step
+weights has had their training steps less, as in the paper. Seed 0 also gives a picture of some arms on the same prompts
+and noise. Arms may be made by several runs at once, with one thread each (OMP_NUM_THREADS=1), where none of them makes
+what another one needs.
 Last line of the output: JSON.
 """
 
@@ -188,6 +189,7 @@ class Ablation:
 
     def scores(self, name: str, arm: Arm, prompts: int, streams: int) -> dict[str, Any]:
         """What the arm makes of the test prompts, kept beside its weights."""
+        from unspool.config import to_dict
         from unspool.engine.load import load
         from unspool.evaluate.protocol import ClipProtocol, StageProtocol, StreamProtocol
         from unspool.evaluate.report import summarise
@@ -196,8 +198,14 @@ class Ablation:
         from unspool.evaluate.stage import Evaluation
         from unspool.weights.read import read_checkpoint
 
+        config = StageProtocol(
+            stage=STAGE, batch=32,
+            clips=ClipProtocol(prompts=prompts, held_out=0, sprites=(1.0,), frames=FRAMES, unconditional=0),
+            streams=StreamProtocol(prompts=max(streams, 1), seconds=20.0, segment_s=5.0),
+        )  # fmt: skip
         weights = self.weights(name, arm)
-        made_of = mark(hashlib.sha256(weights.read_bytes()).hexdigest(), LATENTS, arm.steps, scorer_mark())
+        digest, told = hashlib.sha256(weights.read_bytes()).hexdigest(), to_dict(config)
+        made_of = mark(digest, LATENTS, arm.steps, scorer_mark(), told["streams"] if streams else {})
         kept = self.home / "scores" / f"{name}-{prompts}-{streams}.json"
         if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))).get("made_of") == made_of:
             return found
@@ -207,11 +215,6 @@ class Ablation:
             folder, kind="bidirectional" if name == "teacher" else "causal", size_px=64, network=self.small(),
             weights=read_checkpoint(weights).tensors, codec=self.stage / "codec.safetensors", text=self.text, few=few,
             window=LATENTS,
-        )  # fmt: skip
-        config = StageProtocol(
-            stage=STAGE, batch=32,
-            clips=ClipProtocol(prompts=prompts, held_out=0, sprites=(1.0,), frames=FRAMES, unconditional=0),
-            streams=StreamProtocol(prompts=max(streams, 1), seconds=20.0, segment_s=5.0),
         )  # fmt: skip
         tested = Tested(name="student", pipeline=load(folder), steps=None if few else arm.steps)
         evaluation = Evaluation(config, tested, folder=self.home / "evaluation" / name)

@@ -15,8 +15,13 @@ from perfect_model import PROTOCOL, SMALL, Oracle, save
 from PIL import Image
 
 from unspool.cli.main import main
+from unspool.data.worlds.motion import MOTIONS
+from unspool.data.worlds.stage import Scene
 from unspool.evaluate import report
+from unspool.evaluate.frozen import measure_frozen_stream
 from unspool.evaluate.goals import goals
+from unspool.evaluate.measures import Format
+from unspool.evaluate.protocol import StageProtocol, StreamProtocol, stream_cases
 from unspool.evaluate.runner import Arm, ClipStore, Measures, Request, plain
 from unspool.evaluate.stage import FROZEN, STUDENT, TEACHER, TRUTH, WRONG, Evaluation, Results, waits
 from unspool.evaluate.tables import ALL, Summary, column
@@ -94,10 +99,30 @@ def test_a_deaf_model_fails_every_switch(tmp_path: Path) -> None:
 
 def test_streams_are_scored_by_segment(shown: Shown) -> None:
     _, _, summary = shown
-    assert [len(segments) for segments in summary.streams.values()] == [2, 2]
+    assert {name: len(segments) for name, segments in summary.streams.items()} == {TRUTH: 2, FROZEN: 2, STUDENT: 2}
     for segment, true in zip(summary.streams[STUDENT], summary.streams[TRUTH], strict=True):
         assert segment["adherence"] == true["adherence"] and segment["adherence"].value >= 0.9
     assert summary.lasting[STUDENT] == summary.lasting[TRUTH]
+    assert [segment["motion_over_truth"].value for segment in summary.streams[FROZEN]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("motions", [None, MOTIONS])
+def test_a_frozen_stream_is_seen_at_any_age(motions: tuple[str, ...] | None) -> None:
+    """Motions that come to rest would hide it: its last segment would be right but for few sprites."""
+    streams = StreamProtocol(prompts=12, seconds=24.0, segment_s=4.0)
+    streams = streams if motions is None else replace(streams, motions=motions)
+    cases = stream_cases(StageProtocol(streams=streams), 24.0)
+    form = Format(height=64, width=64, fps=8.0, boundaries=())
+    found = [measure_frozen_stream(case.scene, 32, 192, form) for case in cases]
+    moving = [np.nanmean([one[f"motion.{k}"] for one in found]) for k in range(6)]
+    if motions is None:
+        assert max(moving) <= 0.1 and {k for case in cases for k in kinds(case.scene)} == {"bounces", "orbits"}
+    else:
+        assert moving[0] <= 0.4 <= moving[-1]
+
+
+def kinds(scene: Scene) -> set[str]:
+    return {MOTIONS[motion.kind] for actor in scene.actors for motion in actor.motions}
 
 
 def test_a_model_with_one_clip_per_prompt_is_not_diverse(shown: Shown) -> None:

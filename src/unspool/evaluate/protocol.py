@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from unspool.config import apply_overrides, nearest
+from unspool.data.worlds.motion import MOTIONS
 from unspool.data.worlds.splits import Split
 from unspool.data.worlds.stage import EVENTS, Scene, Stage, StageConfig
 from unspool.evaluate.switches import wanted
@@ -47,7 +48,7 @@ class ClipProtocol:
 class SwitchProtocol:
     """One change of prompt in a stream. Fields: `per_kind` prompts of each of `kinds` of event; `before`, `after`
     chunks; `phases` times within a chunk at which the new prompt is given; `scan` scenes of a kind that are looked
-    through for ones in which it happens early enough."""
+    through for ones in which it happens early enough; `split`: "dev" where something is chosen by what comes out."""
 
     per_kind: int = 16
     kinds: tuple[str, ...] = EVENTS
@@ -55,6 +56,7 @@ class SwitchProtocol:
     after: int = 4
     phases: int = 8
     scan: int = 4000
+    split: Split = "test"
 
     def __post_init__(self) -> None:
         unknown = [kind for kind in self.kinds if kind not in EVENTS]
@@ -69,11 +71,18 @@ class SwitchProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamProtocol:
-    """Long streams under one prompt, scored in segments of `segment_s` seconds. 50 s are 10 clips of 81 frames."""
+    """Long streams under one prompt, scored in segments of `segment_s` seconds. 50 s are 10 clips of 81 frames.
+
+    `motions` that are asked for, of those of the stage (none in common: all of these). By default those without an end:
+    what drifts or rises comes to rest at the border, and a stream of resting sprites may freeze unnoticed. `split`:
+    "dev" where something is chosen by what comes out.
+    """
 
     prompts: int = 16
     seconds: float = 50.0
     segment_s: float = 5.0
+    motions: tuple[str, ...] = ("bounces", "orbits")
+    split: Split = "test"
 
     def __post_init__(self) -> None:
         if self.prompts < 1 or not 1.0 <= self.segment_s <= self.seconds <= 3600:
@@ -81,6 +90,9 @@ class StreamProtocol:
                 f"streams: prompts={self.prompts}, seconds={self.seconds}, segment_s={self.segment_s}: expected at "
                 "least 1 prompt, segments of at least 1 s, and at most an hour"
             )
+        unknown = [motion for motion in self.motions if motion not in MOTIONS]
+        if unknown or not self.motions:
+            raise ValueError(f"streams.motions={self.motions}: expected some of {', '.join(MOTIONS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +184,11 @@ def clip_cases(config: StageProtocol, split: Split, count: int) -> list[Case]:
 
 
 def stream_cases(config: StageProtocol, seconds: float) -> list[Case]:
-    """Scenes of `seconds` seconds without events."""
-    stage = Stage(replace(config.stage, seconds=max(seconds, config.stage.seconds)))
+    """Scenes of `seconds` seconds without events, whose sprites move as `config.streams` says."""
+    motions = tuple(m for m in config.stage.motions if m in config.streams.motions) or config.stage.motions
+    stage = Stage(replace(config.stage, motions=motions, seconds=max(seconds, config.stage.seconds)))
     return [
-        Case(k, sprites, stage.scene("test", nth, sprites=sprites, events=0))
+        Case(k, sprites, stage.scene(config.streams.split, nth, sprites=sprites, events=0))
         for k, (sprites, nth) in enumerate(_spread(config.clips.sprites, config.streams.prompts))
     ]
 
@@ -187,7 +200,7 @@ def switch_cases(config: StageProtocol, kind: str, follow_s: float) -> list[Case
     stage = Stage(replace(config.stage, event_kinds=(kind,), seconds=seconds))
     found: list[Case] = []
     for index in range(config.switches.scan):
-        scene = stage.scene("test", index, events=1)
+        scene = stage.scene(config.switches.split, index, events=1)
         is_one = [event.kind for event in scene.events] == [kind] and len(scene.prompts) == 2
         if is_one and scene.events[0].time + follow_s <= seconds and wanted(scene).says_something:
             found.append(Case(len(found), len(scene.looks(0.0)), scene))

@@ -20,6 +20,7 @@ from unspool.data.worlds.stage import Stage
 from unspool.engine.clock import Clock
 from unspool.engine.decode import to_uint8
 from unspool.engine.pipeline import Pipeline
+from unspool.evaluate.frozen import measure_frozen_stream
 from unspool.evaluate.measures import (
     Format,
     Frames,
@@ -300,7 +301,7 @@ class Evaluation:
         segment = round(config.segment_s * fps)
         frames = round(config.seconds * fps) // segment * segment
         cases = stream_cases(self.config, frames / fps)
-        self.progress.start(f"streams of {frames / fps:g} s", 2 * len(cases))
+        self.progress.start(f"streams of {frames / fps:g} s", 3 * len(cases))
         rows: Rows = {}
         for batch in batches(cases, self.config.batch):
             keys = [self._key("stream truth", case, segment, frames) for case in batch]
@@ -308,6 +309,9 @@ class Evaluation:
                 partial(measure_stream, None, case.scene, segment, frames, self.form) for case in batch
             ]
             self._measure(rows, TRUTH, batch, keys, jobs.copy)
+            keys = [self._key("stream frozen", case, segment, frames) for case in batch]
+            jobs = [partial(measure_frozen_stream, case.scene, segment, frames, self.form) for case in batch]
+            self._measure(rows, FROZEN, batch, keys, jobs.copy)
             self._streamed(rows, batch, segment, frames)
         return rows
 
