@@ -102,8 +102,8 @@ class Arm:
         return CleanPrefixConfig(
             plan=ChunkPlan(chunk=CHUNK, first=1), circle=None if self.is_open else window, bidirectional=self.is_open,
             visibility=Window(window=window, within="full" if self.is_open else "causal"),
-            prefix_noise=PREFIX_NOISE,
-            prefix_frames=PREFIX if self.prefix else None, drop_text=0.1, process=IDDPM(), makes_first=True,
+            prefix_noise=PREFIX_NOISE, prefix_frames=PREFIX if self.prefix else None, drop_text=0.1,
+            process=IDDPM(predicts="velocity"), makes_first=True,
         )  # fmt: skip
 
     def network(self) -> STDiTConfig:

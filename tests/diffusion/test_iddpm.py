@@ -60,6 +60,8 @@ def kept_variances(process: IDDPM) -> Tensor:
 
 def test_the_schedule_is_float64(case: Golden) -> None:
     want = case("schedule_full")
+    betas = [math.exp(NOISE.log_variances((i + 1) / 1000, i / 1000)[1]) for i in range(1000)]
+    torch.testing.assert_close(torch.tensor(betas, dtype=torch.float64), want["betas_f64"], rtol=1e-9, atol=0)
     torch.testing.assert_close(kept_variances(NOISE), want["alphas_cumprod_f64"], rtol=1e-12, atol=0)
 
 
@@ -72,6 +74,8 @@ def test_respacing(count: int, case: Golden) -> None:
     for number, step in enumerate(reversed(steps)):
         lower, upper = NOISE.log_variances(step.sigma, step.next_sigma)
         assert upper == pytest.approx(want["log_betas"][number].item(), rel=EXACT)
+        assert math.exp(upper) == pytest.approx(want["betas"][number].item(), rel=ROUNDED)
+        assert NOISE._kept(step.sigma) == pytest.approx(want["alphas_cumprod"][number].item(), rel=ROUNDED)
         if number:
             assert lower == pytest.approx(want["posterior_log_variance"][number].item(), rel=ROUNDED)
         else:
@@ -175,6 +179,7 @@ def test_clean_frames_are_untouched(process: IDDPM, dtype: torch.dtype) -> None:
     assert torch.equal(process.to_x0(x0, junk, sigma)[:, 0], x0[:, 0])
     assert torch.equal(process.add_noise(x0, junk, 0.0), x0) and torch.equal(process.to_x0(x0, junk, 0.0), x0)
     assert process.timestep(sigma).tolist() == [[0.0, 0.0, 999.0]]
+    assert process.is_clean(torch.tensor([[0.0, 0.0004, 0.001, 1.0]])).tolist() == [[True, True, False, False]]
     if process is not X0:
         assert process.from_x0(x, x0, sigma)[:, 0].isnan().all()
         with pytest.raises(ValueError, match=r"sigma=0\.0"):

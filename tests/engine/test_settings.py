@@ -8,6 +8,7 @@ import pytest
 from tiny_model import SETTINGS
 
 from unspool.causal.newer import stated
+from unspool.causal.visibility import Window
 from unspool.config import from_dict, to_dict
 from unspool.diffusion.flow import FlowMatching
 from unspool.diffusion.iddpm import IDDPM
@@ -29,6 +30,15 @@ def test_options_reach_the_process_its_solver_and_its_schedules() -> None:
     assert config.process == VELOCITY and config.solver == Ancestral(process=VELOCITY)
     assert again.changed(steps=7).sigmas == VELOCITY.schedule(7).sigmas != IDDPM().schedule(7).sigmas
     assert SETTINGS.config().process == FlowMatching()
+
+
+def test_commit_passes_may_read_their_own_chunk_differently() -> None:
+    """Published as "partial": noisy frames read each other, committed ones only what is before them."""
+    partial = replace(SETTINGS, commit_within="causal")
+    visibility = from_dict(RolloutSettings, to_dict(partial)).config().visibility
+    assert visibility == Window(window=9, sink=3, within="full", commit_within="causal")
+    with pytest.raises(ValueError, match="commit_within='causal' with window='full'"):
+        replace(partial, window="full")
 
 
 def test_options_are_unsaid_while_there_are_none() -> None:

@@ -129,8 +129,10 @@ def test_a_clip_longer_than_the_circle_is_cut_to_it_and_turned() -> None:
     assert {call.x.shape[1] for call in partial} == {4, 7, 10, 9}, "the last chunk of 15 frames has two"
     spare = [stepped(replace(BASE, circle=12), seed, batch)[1] for seed in range(40)]
     assert {call.x.shape[1] for call in spare} == {4, 7, 10}, "12 positions, of which whole chunks take 10"
-    alone = replace(BASE, circle=3, visibility=Window(window=3, within="causal"))
-    assert {stepped(alone, seed, batch)[1].x.shape[1] for seed in range(20)} == {3}, "a circle of one chunk: no past"
+    least = replace(BASE, circle=4, visibility=Window(window=4, within="causal"))
+    assert {stepped(least, seed, batch)[1].x.shape[1] for seed in range(20)} == {4}, "a past of what is given"
+    with pytest.raises(ValueError, match="circle=3 positions leave no room for a past"):
+        replace(BASE, circle=3, visibility=Window(window=3, within="causal"))
 
 
 def test_a_perturbed_prefix_is_told_to_be_clean_and_changes_nothing_else() -> None:

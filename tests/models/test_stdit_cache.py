@@ -328,7 +328,11 @@ def test_bytes_do_not_grow() -> None:
 
 def test_what_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="two of them meet"):
-        frames_of(stream(positions=Cyclic(length=9)))
+        stream(positions=Cyclic(length=9))
+    kept = PrefixEnhanced(base=Window(window=10, sink=1, within="causal"), frames=2)
+    for held, visibility in (("sink frames", kept), ("a past without a bound", Full(within="causal"))):
+        with pytest.raises(ValueError, match=f"{held}.*two latent frames meet as soon as the circle has been gone"):
+            stream(visibility=visibility)
     with pytest.raises(ValueError, match="cannot be moved"):
         frames_of(stream(positions=WindowRelative()))
     with pytest.raises(ValueError, match="PrefixEnhanced"):

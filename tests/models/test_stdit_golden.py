@@ -122,7 +122,10 @@ def test_timestep_embedding(network: STDiT, cases: Golden) -> None:
 
 def test_patches(network: STDiT, cases: Golden) -> None:
     want = cases("patch_embed")
-    agree(network._embed(swap(want["x"]), (2, 3)), want["tokens_plus_spatial"], SINGLE)
+    got = network._embed(swap(want["x"]), (2, 3))
+    agree(got, want["tokens_plus_spatial"], SINGLE)
+    table = spatial_features(2, 3, 48, 1.0).repeat(5, 1)
+    agree(got - table, want["tokens"], SINGLE)
 
 
 @pytest.mark.parametrize("name", ["attention_self", "attention_causal", "attention_cached", "attention_cross_frame"])

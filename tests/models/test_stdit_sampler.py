@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -21,8 +21,10 @@ from unspool.rollout.noise import RecordedNoise
 from unspool.rollout.rollout import Rollout
 from unspool.rollout.settings import RolloutConfig
 from unspool.rollout.solvers.ancestral import Ancestral
+from unspool.rollout.solvers.base import SolverState
 
 TOLERANCE = 1e-4  # stated, for tables in float64
+FLOAT32_TABLES = 3e-3  # stated, for what was recorded with tables in float32
 Golden = Callable[[str], dict[str, Tensor]]
 
 
@@ -78,6 +80,30 @@ def test_sampler(name: str, commit: str, golden: Golden, golden_json: Callable[[
     want = case["final_exact"][:, :, case["given"].shape[2] :]
     assert want.std() > 0.5
     assert (got - want).abs().max() <= TOLERANCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording(Ancestral):
+    """Ancestral sampling that keeps the latents after each step."""
+
+    kept: list[Tensor] = field(default_factory=list, compare=False)
+
+    def step(self, x: Tensor, *args: Any, **how: Any) -> tuple[Tensor, SolverState]:
+        after, state = super().step(x, *args, **how)
+        self.kept.append(after)
+        return after, state
+
+
+@pytest.mark.parametrize("name", ["sampler", "sampler_plain"])
+def test_latents_after_every_step(name: str, golden: Golden, golden_json: Callable[[str], Any]) -> None:
+    """Recorded with tables in float32, which bounds the agreement."""
+    solver = Recording(process=IDDPM(predicts="x0"))
+    stream, case = stream_of(name, golden, golden_json("ca2vdm_config")["cases"][name], solver=solver)
+    chunks, steps = case["traj"].shape[:2]
+    assert len(list(stream)) == chunks and len(solver.kept) == chunks * steps
+    got = torch.stack([swap(x) for x in solver.kept]).unflatten(0, (chunks, steps))
+    assert got.shape == case["traj"].shape
+    assert (got - case["traj"]).abs().max() <= FLOAT32_TABLES
 
 
 def test_branches_of_guidance_keep_their_own_past(golden: Golden, golden_json: Callable[[str], Any]) -> None:

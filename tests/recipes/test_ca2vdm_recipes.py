@@ -95,7 +95,7 @@ def test_a_bidirectional_network_streams_by_computing_its_past_anew(tmp_path: Pa
     model = load(tmp_path / "open/model")
     settings = model.settings()
     assert (settings.commit, settings.cache, settings.positions) == ("recompute", "recompute_bidirectional", "relative")
-    assert model.spec.name == "stage-os-ext" and model.spec.clip == 6
+    assert model.spec.name == "os-ext-stage" and model.spec.clip == 6
     session = model.session("a red ball bounces")
     frames = [session.next_chunk() for _ in range(5)]
     assert [len(f) for f in frames] == [1, 12, 12, 12, 12] and session.stream.num_bytes == 0
@@ -145,6 +145,10 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         (("method.plan.chunk=2",), "chunk of 2 latent frames is shorter than prefix_frames=3"),
         (("method.circle=20",), "length=20 cyclic positions for a window of 21"),
         (("method.prefix_frames=null",), "expected both or neither"),
+        (("network.process=flow", "network.learned_variance=false"), r"network\.process='flow': expected 'iddpm'"),
+        (("method.process.num_steps=2000",), r"method\.process\.num_steps=2000: expected at most 1000"),
+        (("method.visibility.commit_window=9",), "expected one that model.json can state"),
+        (("method.visibility.sink=1",), r"sink frames \[0, 1\), which are kept for good"),
     ):
         with pytest.raises(ValueError, match=match):
             apply_overrides(made, overrides)
@@ -154,5 +158,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         replace(made.describe().rollout, chunk=2)
     with pytest.raises(ValueError, match="bidirectional_past=True with commit='separate'"):
         replace(made.describe().rollout, bidirectional_past=True)
+    partial = ("method.visibility.within=full", "method.visibility.commit_within=causal")
+    rollout = apply_overrides(made, partial).describe().rollout
+    assert (rollout.within, rollout.commit_within) == ("full", "causal")
+    assert apply_overrides(made, ("method.visibility.commit_window=9", "codec=")).codec == ""
     assert vid_gpt_stage().describe().rollout.window == "full"
     assert made.method.plan == ChunkPlan(chunk=4, first=1)

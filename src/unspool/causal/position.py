@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from unspool.causal.chunks import FrameSet
 from unspool.causal.newer import NEWER, brief
-from unspool.causal.visibility import Segment, Visibility, capacity_of
+from unspool.causal.visibility import Segment, Visibility, capacity_of, sink_of
 
 
 @runtime_checkable
@@ -105,14 +105,17 @@ class Cyclic:
 def check_circle(positions: PositionPolicy, visibility: Visibility, num_frames: int | None = None) -> None:
     """Raise ValueError when cyclic positions are fewer than the latent frames that stand on them at once.
 
-    `num_frames` of the whole stream, where it ends before its window is full. Without a bound nothing is checked here:
-    positions that meet are refused when they do.
+    `num_frames` of the whole stream, where it ends before its window is full or the circle is gone round.
     """
-    if not isinstance(positions, Cyclic):
+    if not isinstance(positions, Cyclic) or (num_frames is not None and num_frames <= positions.length):
         return
-    window = capacity_of(visibility)
-    if window is None:
-        return
+    window, sink = capacity_of(visibility), sink_of(visibility)
+    if window is None or len(sink):
+        held = f"sink frames {sink}, which are kept for good" if len(sink) else "a past without a bound"
+        raise ValueError(
+            f"length={positions.length} cyclic positions with {held}: two latent frames meet as soon as the circle has "
+            "been gone round; use a window without a sink, other positions, or a stream that ends before"
+        )
     needed = window if num_frames is None else min(window, num_frames)
     if positions.length < needed:
         raise ValueError(

@@ -118,6 +118,10 @@ class IDDPM:
             return ((self.num_steps * sigma.double()).round() - 1.0).clamp(min=0.0)
         return float(max(self._level(sigma) - 1, 0))
 
+    def is_clean(self, sigma: Sigma) -> Tensor:
+        """Which latent frames are rounded to level 0: exactly clean, and told so."""
+        return self._levels(sigma) == 0
+
     # ---- sampling ----------------------------------------------------------------------------------------------
 
     def timestep_map(self, num_steps: int) -> tuple[int, ...]:

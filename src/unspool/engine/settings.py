@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unspool.rollout.settings import RolloutConfig
 
 Window = int | Literal["full"]
+Within = Literal["full", "causal", "own", "none"]
 Commit = Literal["separate", "fused", "none", "recompute"]
 SwitchPolicy = Literal["keep", "recache", "recache_bidirectional", "flush"]
 SinkPolicy = Literal["kept", "replaced", "recomputed"]
@@ -28,15 +29,15 @@ class RolloutSettings:
     """All that decides a rollout besides network, prompts and noise; see `RolloutConfig`, which it becomes.
 
     Fields: `chunk`, `first` latent frames per chunk and in chunk 0; `window` latent frames a chunk may read ("full":
-    all), `sink` of them always the first; `within` what a frame reads of its own chunk; `positions` a name of POSITIONS
-    with its `position_options`; `sigmas` of the schedule, `conditioning` what the network is told instead of them,
-    `first_sigmas` of chunk 0; `shift` that makes schedules of another length (None: the steps are fixed, as in a
-    distilled model, whose `other_sigmas` are further schedules that it can be run with); `solver` a name of SOLVERS;
-    `switch_policy`, `sink_policy` what a prompt switch does by default; `process` a name of PROCESSES with its
-    `process_options`, under "iddpm" any number of steps can be asked for; `prefix_frames` latent frames that
-    prefix-enhanced attentions read (None: the network has none); `commit`, `commit_noise` as of `RolloutConfig`;
-    `bidirectional_past`: under the commit "recompute" all latent frames of a forward read each other, clean ones the
-    noisy ones too (False: as `within` says).
+    all), `sink` of them always the first; `within` what a frame reads of its own chunk, `commit_within` what it reads
+    in commit passes (None: the same); `positions` a name of POSITIONS with its `position_options`; `sigmas` of the
+    schedule, `conditioning` what the network is told instead of them, `first_sigmas` of chunk 0; `shift` that makes
+    schedules of another length (None: the steps are fixed, as in a distilled model, whose `other_sigmas` are further
+    schedules that it can be run with); `solver` a name of SOLVERS; `switch_policy`, `sink_policy` what a prompt switch
+    does by default; `process` a name of PROCESSES with its `process_options`, under "iddpm" any number of steps can be
+    asked for; `prefix_frames` latent frames that prefix-enhanced attentions read (None: the network has none);
+    `commit`, `commit_noise` as of `RolloutConfig`; `bidirectional_past`: under the commit "recompute" all latent frames
+    of a forward read each other, clean ones the noisy ones too (False: as `within` says).
 
     Raises ValueError for a chunk shorter than `prefix_frames`, for `bidirectional_past` with a cache, and for another
     convention of guidance.
@@ -53,7 +54,7 @@ class RolloutSettings:
     switch_policy: SwitchPolicy
     sink_policy: SinkPolicy = "kept"
     first: int | None = None
-    within: Literal["full", "causal"] = "full"
+    within: Within = "full"
     positions: str = "absolute"
     position_options: dict[str, int] = field(default_factory=dict)
     conditioning: tuple[float, ...] | None = None
@@ -67,6 +68,7 @@ class RolloutSettings:
     prefix_frames: int | None = field(default=None, metadata=NEWER)
     commit_noise: float = field(default=0.0, metadata=NEWER)
     bidirectional_past: bool = field(default=False, metadata=NEWER)
+    commit_within: Within | None = field(default=None, metadata=NEWER)
 
     def __post_init__(self) -> None:
         if self.guidance_convention != GUIDANCE_CONVENTION:
@@ -74,6 +76,11 @@ class RolloutSettings:
                 f"guidance_convention={self.guidance_convention!r}: expected {GUIDANCE_CONVENTION!r}; convert the scale"
             )
         check_prefix(self.chunk, self.prefix_frames)
+        if self.commit_within is not None and self.window == "full":
+            raise ValueError(
+                f"commit_within={self.commit_within!r} with window='full': expected a window in latent frames, which "
+                "alone reads its own chunk differently in commit passes"
+            )
         if self.bidirectional_past and self.commit != "recompute":
             raise ValueError(
                 f"bidirectional_past=True with commit={self.commit!r}: expected commit='recompute'; keys that a cache "
@@ -166,7 +173,9 @@ class RolloutSettings:
             plan = ChunkPlan(chunk=whole, num_frames=whole)
         visibility: Visibility = Full(within=self.within)
         if windowed:
-            visibility = Windowed(window=int(self.window), sink=self.sink, within=self.within)
+            visibility = Windowed(
+                window=int(self.window), sink=self.sink, within=self.within, commit_within=self.commit_within
+            )
         if self.prefix_frames is not None:
             visibility = PrefixEnhanced(base=visibility, frames=self.prefix_frames)
         process = self.noising()

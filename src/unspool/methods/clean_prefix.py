@@ -13,7 +13,7 @@ from unspool.causal.context import Backend, FullSequence
 from unspool.causal.mask import MaskSpec, clean_prefix_mask, open_mask
 from unspool.causal.position import Absolute, Cyclic, PositionPolicy, WindowRelative, check_circle
 from unspool.causal.prefix import PrefixEnhanced
-from unspool.causal.visibility import Full, Kind, Segment, Visibility, Window, check_window
+from unspool.causal.visibility import Full, Kind, Segment, Visibility, Window, capacity_of, check_window
 from unspool.data.batch import Batch
 from unspool.diffusion.iddpm import IDDPM
 from unspool.methods.base import StepResult
@@ -62,8 +62,15 @@ class CleanPrefixConfig:
         check_share("prefix_noise", self.prefix_noise)
         check_share("drop_text", self.drop_text)
         check_prefix(self.plan.chunk, self.prefix_frames)
-        if self.circle is not None:
-            check_circle(Cyclic(length=self.circle), self.visibility)
+        if self.circle is not None:  # clips are cut to the circle, so a past without a bound fits too
+            unbounded = capacity_of(self.visibility) is None
+            check_circle(Cyclic(length=self.circle), self.visibility, self.circle if unbounded else None)
+            least = self.plan.lead + self.plan.chunk
+            if self.circle < least:
+                raise ValueError(
+                    f"circle={self.circle} positions leave no room for a past beside chunks of {self.plan.chunk}: "
+                    f"expected at least {least}; use such a circle, or None"
+                )
         if self.bidirectional and self.circle is not None:
             raise ValueError(
                 f"bidirectional=True with circle={self.circle}: expected circle=None, since a past that is computed "
@@ -177,8 +184,8 @@ class CleanPrefix:
         circle = self.config.circle
         if circle is None or stop <= circle:
             return 0
-        kept = [c.stop for c in self.config.plan.chunks(0, prefix) if c.stop <= circle - (stop - prefix)]
-        return prefix - max(kept, default=0)  # no past fits: the chunk alone, as a window of one chunk has it
+        ends = [c.stop for c in self.config.plan.chunks(0, prefix)]
+        return prefix - max(end for end in ends if end <= circle - (stop - prefix))
 
     def _prompts(self, batch: Batch, frames: list[int], dropped: Tensor) -> BatchPrompts:
         if batch.text is None and batch.captions is None:

@@ -14,7 +14,7 @@ from unspool.diffusion.iddpm import IDDPM
 from unspool.methods.clean_prefix import CleanPrefixConfig
 from unspool.methods.codec import CodecTrainingConfig
 from unspool.models.stdit.config import STDiTConfig
-from unspool.recipes.ca2vdm_folder import Clip, PrefixModel, SamplingConfig, describe_prefix_model
+from unspool.recipes.ca2vdm_folder import Clip, PrefixModel, SamplingConfig, describe_prefix_model, settings_of
 from unspool.recipes.finetune_video import VideosRecipe
 from unspool.recipes.stage import LATENT_CHANNELS, train_config
 from unspool.recipes.stage_folder import EXAMPLES, VOCABULARY
@@ -43,8 +43,8 @@ class PrefixStageRecipe(Recipe):
     Fields: `network`, `method`; `text` a text encoder file, which does not learn unless `learn_text`; `data` a folder
     of latents; `codec` the file that made them, for the model folder at the end ("": none is written); `start` weights
     to begin with; `short` legs of shorter clips first; `frames` latent frames of the longest clips, the first ones of
-    each (None: all, CLIP in the stage's latents); `sampling` of the model folder.
-    Raises ValueError where network and method do not agree on prefix-enhanced attention.
+    each (None: all, CLIP in the stage's latents); `mixed_codecs` as of `LatentRecipe`; `sampling` of the model folder.
+    Raises ValueError where network and method do not agree, or no model folder can state the method.
     """
 
     network: STDiTConfig
@@ -58,16 +58,22 @@ class PrefixStageRecipe(Recipe):
     frames: int | None = None
     in_memory: bool = True
     size_px: int = 64
+    mixed_codecs: bool = False
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
-    harmless: ClassVar[tuple[str, ...]] = ("codec", "sampling")
+    harmless: ClassVar[tuple[str, ...]] = ("codec", "sampling", "mixed_codecs")
 
     def __post_init__(self) -> None:
         check_agreement(self.network, self.method)
+        if self.codec:
+            settings_of(self.method, self.sampling)  # raises now for what model.json could not say at the end
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.models.caption import CaptionEncoder
+        from unspool.train.export import check_codec
 
+        if not self.mixed_codecs:
+            check_codec(self.data, self.start, codec=self.codec)
         text = CaptionEncoder.from_single_file(self.text).requires_grad_(self.learn_text)
         return begin_from(clean_prefix(self.network, self.method, text, device), self.start)
 
@@ -84,9 +90,9 @@ class PrefixStageRecipe(Recipe):
     def describe(self) -> ModelSpec:
         """The model that this makes."""
         clip = Clip(frames=self.frames or CLIP, height_px=self.size_px, width_px=self.size_px, fps=FPS)
-        name, network = "stage-ca2vdm" if self.method.circle else "stage-vid-gpt", "a causal STDiT"
+        name, network = "ca2vdm-stage" if self.method.circle else "vid-gpt-stage", "a causal STDiT"
         if self.method.bidirectional:
-            name, network = "stage-os-ext", "a bidirectional STDiT"
+            name, network = "os-ext-stage", "a bidirectional STDiT"
         return describe_prefix_model(
             self.method, self.sampling, clip, name=name, examples=EXAMPLES, vocabulary=VOCABULARY,
             about=f"sprites under a sky from captions, by {network} behind a clean prefix",
@@ -109,11 +115,14 @@ class PrefixVideosRecipe(VideosRecipe):
 
     def __post_init__(self) -> None:
         check_agreement(self.network, self.method)
+        settings_of(self.method, self.sampling)
         frames = 1 + (self.data.num_frames - 1) // self.data.temporal
-        if self.method.circle is not None and frames != self.method.circle:
+        if self.method.circle is not None and frames < self.method.circle:
+            least = 1 + (self.method.circle - 1) * self.data.temporal
             raise ValueError(
-                f"clips of {frames} latent frames for circle={self.method.circle}: expected as many, or positions past "
-                f"the wrap are never trained; use data.num_frames={1 + (self.method.circle - 1) * self.data.temporal}"
+                f"clips of {frames} latent frames for circle={self.method.circle}: expected at least as many, or "
+                f"positions past the wrap are never trained; use data.num_frames={least}, or a chunk more, to train "
+                "windows without the first latent frame too"
             )
 
     def build_method(self, device: torch.device) -> Method:
@@ -141,8 +150,18 @@ class PrefixVideosRecipe(VideosRecipe):
 
 
 def check_agreement(network: STDiTConfig, method: CleanPrefixConfig) -> None:
-    """Raise ValueError where a network has prefix-enhanced attention and its training does not speak of it, or the
-    other way round."""
+    """Raise ValueError for a network of another process than the training's, and where one of them has prefix-enhanced
+    attention and the other does not speak of it."""
+    if network.process != "iddpm":
+        raise ValueError(
+            f"network.process={network.process!r}: expected 'iddpm', whose timesteps training behind a clean prefix "
+            "has; what it predicts is method.process.predicts"
+        )
+    if method.process.num_steps > IDDPM().num_steps:
+        raise ValueError(
+            f"method.process.num_steps={method.process.num_steps}: expected at most {IDDPM().num_steps}, the levels "
+            "that the network tells apart"
+        )
     if (network.prefix_attention == "none") != (method.prefix_frames is None):
         raise ValueError(
             f"network.prefix_attention={network.prefix_attention!r} with method.prefix_frames={method.prefix_frames}: "
@@ -174,11 +193,12 @@ def small_stdit(*, prefix: bool = True) -> STDiTConfig:
 
 def cyclic_method(*, chunk: int, past_chunks: int) -> CleanPrefixConfig:
     """Ca2-VDM: chunks of `chunk` latent frames behind the first one and at most `past_chunks` more; as many positions
-    as a full window has, turned by chance where a clip fills it (arXiv:2411.16375 section 3.3)."""
+    as a full window has, turned by chance where a clip fills it (arXiv:2411.16375 section 3.3). From nothing a network
+    of this size learns to follow text by predicting the velocity, and not by the published noise."""
     window = 1 + (past_chunks + 1) * chunk
     return CleanPrefixConfig(
         plan=ChunkPlan(chunk=chunk, first=1), visibility=Window(window=window, within="causal"), circle=window,
-        prefix_frames=PREFIX, prefix_noise=0.0, drop_text=0.1, process=IDDPM(), makes_first=True,
+        prefix_frames=PREFIX, prefix_noise=0.0, drop_text=0.1, process=IDDPM(predicts="velocity"), makes_first=True,
     )  # fmt: skip
 
 
@@ -187,17 +207,17 @@ def ca2vdm_stage() -> PrefixStageRecipe:
     (docs/ca2vdm.md has the commands).
 
     11 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions, clips of 29 latent
-    frames, so that windows without the first one, which alone stands for one pixel frame, are met in training. A step
-    of 9 latent frames takes .8 s, one of 21 takes 1.45 s on two CPU cores with bf16 products. The prefix is noised
-    (standard deviation .11) in training and streaming.
+    frames, so that windows without the first one, which alone stands for one pixel frame, are met in training. About
+    100 minutes on two CPU cores with bf16 products. The prefix is noised (standard deviation .11) in training and
+    streaming.
     """
     method = cyclic_method(chunk=4, past_chunks=4)
     return PrefixStageRecipe(
         network=small_stdit(),
-        method=replace(method, prefix_noise=0.03, process=IDDPM(predicts="velocity")),
+        method=replace(method, prefix_noise=0.03),
         text="runs/stage-64/text.safetensors", data="runs/stage-64/latents-113", frames=29,
         codec="runs/stage-64/codec.safetensors", short=ShortClips(legs=((9, 3200),)),
-        train=_train(steps=5400, batch=32),
+        sampling=SamplingConfig(steps=25), train=_train(steps=5000, batch=32),
     )  # fmt: skip
 
 
@@ -216,11 +236,12 @@ def ca2vdm_overfit() -> PrefixVideosRecipe:
     """Ca2-VDM overfitted to real clips: `unspool train ca2vdm-overfit data.path=FOLDER --out runs/overfit`.
 
     The stage model's codec and captions are fitted to the videos first. Chunks of 4 latent frames, a past of 9, 13
-    cyclic positions, clips of 49 frames; prefix noise of step 50, as published for three beach clips. Not measured yet.
+    cyclic positions, clips of 65 frames (17 latent frames, of which a step sees 13); prefix noise of step 50, as
+    published for three beach clips. Not measured yet.
     """
     method = cyclic_method(chunk=4, past_chunks=2)
     return PrefixVideosRecipe(
-        data=VideoFolderConfig(num_frames=49, fps=FPS, mode="random", num_repeats=8, short="hold", in_memory=True),
+        data=VideoFolderConfig(num_frames=65, fps=FPS, mode="random", num_repeats=8, short="hold", in_memory=True),
         codec=CodecTrainingConfig(
             l1=0.2, mse=2.0, noise=0.1, latent_penalty=1e-5, focus="gradient", focus_strength=2.0, crop_px=32,
             crop_share=0.8,

@@ -43,14 +43,15 @@ class Clip:
 
 
 def settings_of(method: CleanPrefixConfig, sampling: SamplingConfig) -> RolloutSettings:
-    """The rollout that a training prepares for."""
+    """The rollout that a training prepares for. Raises ValueError for a method that model.json cannot state."""
     usual = to_dict(IDDPM())
     options = {name: value for name, value in to_dict(method.process).items() if value != usual[name]}
     sees, anew = method.visibility, method.bidirectional
     positions = "relative" if anew else "absolute" if method.circle is None else "cyclic"
-    return RolloutSettings(
+    settings = RolloutSettings(
         chunk=method.plan.chunk, first=method.plan.first, window="full" if isinstance(sees, Full) else sees.window,
-        sink=0 if isinstance(sees, Full) else sees.sink, within="causal" if sees.within == "causal" else "full",
+        sink=0 if isinstance(sees, Full) else sees.sink, within=sees.within,
+        commit_within=getattr(sees, "commit_within", None),
         positions=positions,
         position_options={} if method.circle is None else {"length": method.circle},
         sigmas=method.process.schedule(sampling.steps).sigmas, solver="ancestral", shift=None,
@@ -58,6 +59,13 @@ def settings_of(method: CleanPrefixConfig, sampling: SamplingConfig) -> RolloutS
         guidance_scale=sampling.guidance, sigma_commit=0.0, commit_noise=method.prefix_noise, switch_policy="keep",
         prefix_frames=method.prefix_frames, commit="recompute" if anew else "separate", bidirectional_past=anew,
     )  # fmt: skip
+    stated = settings.config().visibility
+    if stated != method.sees:
+        raise ValueError(
+            f"method.visibility={sees}: expected one that model.json can state ({stated} is what it would say); use "
+            "window, sink, within and commit_within only"
+        )
+    return settings
 
 
 def describe_prefix_model(

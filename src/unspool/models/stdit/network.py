@@ -186,7 +186,7 @@ class STDiT(nn.Module):
             count=count,
             time=time,
             positions=to_device(positions.to(embedding.dtype), hidden.device),
-            clean=to_device((sigma == 0).to(embedding.dtype), hidden.device),
+            clean=to_device(self._is_clean(sigma).to(embedding.dtype), hidden.device),
         )
         index = self._caption_rows(cond, batch, count)
         for number, block in enumerate(self.blocks):
@@ -207,6 +207,9 @@ class STDiT(nn.Module):
         tokens = F.linear(patches, weight.flatten(1), self.x_embedder.proj.bias)
         table = spatial_features(*grid, self.config.dim, self.config.space_scale).to(weight.dtype)
         return (tokens + to_device(table, tokens.device)).flatten(1, 2).to(weight.dtype)
+
+    def _is_clean(self, sigma: Tensor) -> Tensor:
+        return self.process.is_clean(sigma) if isinstance(self.process, IDDPM) else sigma == 0
 
     def _time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Embedding [b|1, t|1, dim] and modulation [b|1, t|1, 6, dim], in at least fp32 whatever the weights are."""
