@@ -4,8 +4,9 @@
     python bench/ca2vdm.py --size xl --device cuda --dtype bfloat16 --compile --plot ca2vdm.png
 
 One video of `--chunks` chunks behind what is given, all ways in turn (arXiv:2411.16375 table 5: 80 latent frames in
-52.1, 77.5 and 130.1 s, ratios 1 : 1.5 : 2.5); then the time of each chunk of a longer video, where OS-Ext's past has no
-bound (figure 6); and the bytes of the caches, also at the paper's sizes (table 6). Last line of the output: JSON.
+52.1, 77.5 and 130.1 s, ratios 1 : 1.5 : 2.5); then the time of each chunk of a longer video, where the past of OS-Ext
+and of ViD-GPT, which caches all of it, has no bound (figure 6); the bytes of the caches, also at the paper's sizes
+(table 6); and the parameters of STDiT-XL/2 part by part. Last line of the output: JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from unspool.causal.position import Absolute
 from unspool.evaluate.ca2vdm import ExtensionConfig, Way, held_bytes, kv_bytes, ways
 from unspool.models.stdit.config import STDiTConfig
 from unspool.models.stdit.network import STDiT
@@ -34,7 +36,6 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {
 }
 """Sizes of the network, and rows and columns of its latents; the paper's is xl."""
 PAPER_S = {"ca2vdm": 52.1, "os_fix": 77.5, "os_ext": 130.1}
-LONG = ("ca2vdm", "os_ext")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ def compare(bench: Bench, shared: ExtensionConfig, repeats: int) -> dict[str, di
 
 def lengthen(bench: Bench, shared: ExtensionConfig, repeats: int) -> dict[str, list[float]]:
     """Median milliseconds of each chunk of a long video."""
-    chosen = {name: way for name, way in ways(replace(shared, unbounded=True)).items() if name in LONG}
+    long = ways(replace(shared, unbounded=True))
+    bounded, growing = long["ca2vdm"], long["os_ext"].config.visibility
+    cached = replace(bounded, config=replace(bounded.config, visibility=growing, positions=Absolute()))
+    chosen = {"ca2vdm": bounded, "vid_gpt": cached, "os_ext": long["os_ext"]}
     for way in chosen.values():
         bench.run(way)
     runs = [{name: bench.run(way) for name, way in chosen.items()} for _ in range(repeats)]
@@ -123,6 +127,22 @@ def bytes_of(shared: ExtensionConfig, network: STDiTConfig, tokens: int, dtype: 
     }  # fmt: skip
     found["paper"] = {name: {**vars(held[name]), "formula": formula[name]} for name in formula}
     return found
+
+
+def parameters() -> dict[str, int]:
+    """Of STDiT-XL/2 without text, part by part, counted on no device."""
+    forms: dict[str, dict[str, Any]] = {
+        "plain": {}, "joint": {"prefix_attention": "joint"}, "separate": {"prefix_attention": "separate"},
+        "mask": {"mask_channel": True}, "both": {"prefix_attention": "separate", "mask_channel": True},
+    }  # fmt: skip
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in STDiT(STDiTConfig.xl(**form)).parameters())
+                  for name, form in forms.items()}  # fmt: skip
+    return {
+        "network": counts["plain"], "prefix attention, joint": counts["joint"] - counts["plain"],
+        "prefix attention, a second layer": counts["separate"] - counts["plain"],
+        "mask channel": counts["mask"] - counts["plain"], "second layer and mask": counts["both"],
+    }  # fmt: skip
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -186,6 +206,9 @@ def main() -> None:
     for name, row in result["bytes"]["paper"].items():
         print(f"{name} at the paper's sizes: {row['readable']:,} bytes readable (formula {row['formula']:,}), "
               f"{row['staging']:,} of staging")  # fmt: skip
+    result["parameters"] = parameters()
+    for name, count in result["parameters"].items():
+        print(f"STDiT-XL/2, {name}: {count:,} parameters")
     if args.plot is not None:
         plot(result, args.plot)
     result["setting"] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

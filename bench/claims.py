@@ -59,6 +59,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--piece", type=int, default=1, help="latent frames decoded at a time: 1 as streams do, 3 a chunk"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
 
@@ -87,20 +90,19 @@ def stream(pipeline: Pipeline) -> Stream:
     return Stream(pipeline, [PROMPT], seed=0, samples=[0], settings=pipeline.settings(), whole=whole)
 
 
-def run(pipeline: Pipeline, *, decode: bool) -> Times:
-    """Make the clip once."""
+def run(pipeline: Pipeline, *, piece: int) -> Times:
+    """Make the clip once; decode `piece` latent frames at a time (0: not at all)."""
     one, chunk = stream(pipeline), pipeline.settings().chunk
     synchronise(pipeline)
     began, first, made = time.perf_counter(), math.nan, 0
     while made < CLIP:
         latents = one.rollout.next_chunk().latents
-        for piece in latents.split(chunk, dim=1):  # a whole clip's first frames need not wait for the last ones
-            for part in piece.split(1 if pipeline.spec.is_causal else chunk, dim=1):  # as each is really streamed
-                if decode:
-                    one.decoder.next(part)
+        for ready in latents.split(chunk, dim=1):  # a whole clip's first frames need not wait for the last ones
+            for part in ready.split(piece, dim=1) if piece else ():
+                one.decoder.next(part)
             synchronise(pipeline)
             first = time.perf_counter() - began if math.isnan(first) else first
-            made += piece.shape[1]
+            made += ready.shape[1]
     return Times(first, time.perf_counter() - began)
 
 
@@ -134,11 +136,11 @@ def main() -> None:
             compile_backbone(pipeline.transformer)  # type: ignore[arg-type]
             pipeline.is_compiled = True
     for pipeline in pair:
-        run(pipeline, decode=True)
+        run(pipeline, piece=args.piece)
     warm_s = time.perf_counter() - began
     found: dict[str, Any] = {"predicted": predicted}
-    for name, decode in (("network", False), ("with codec", True)):
-        times = [[run(p, decode=decode) for p in pair] for _ in range(args.repeats)]
+    for name, piece in (("network", 0), ("with codec", args.piece)):
+        times = [[run(p, piece=piece) for p in pair] for _ in range(args.repeats)]
         student, teacher = (
             Times(statistics.median(t.first for t in column), statistics.median(t.all for t in column))
             for column in zip(*times, strict=True)
