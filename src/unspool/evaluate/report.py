@@ -289,15 +289,16 @@ def curves(path: Path, summary: Summary, facts: Mapping[str, Any]) -> bool:
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     segment_s = facts["protocol"]["streams"]["segment_s"]
+    colours = {name: f"C{number}" for number, name in enumerate(summary.streams)}
     shown = {"adherence": "adherence", "psnr": "manifold PSNR, dB", "motion_over_truth": "motion over truth"}
     for place, (metric, label) in enumerate(shown.items()):
         axes = figure.add_subplot(2, 2, place + 1)
         for name, segments in summary.streams.items():
-            _curve(axes, name, [group[metric] for group in segments if metric in group], segment_s)
+            _curve(axes, name, [group[metric] for group in segments if metric in group], segment_s, colours[name])
         axes.set_ylabel(label)
     axes = figure.add_subplot(2, 2, 4)
     for name, life in summary.survival.items():
-        axes.step(life["seconds"], life["alive"], where="post", label=name)
+        axes.step(life["seconds"], life["alive"], where="post", label=name, color=colours[name])
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("still right, of those right at first")
     for axes in figure.axes:
@@ -308,7 +309,7 @@ def curves(path: Path, summary: Summary, facts: Mapping[str, Any]) -> bool:
     return True
 
 
-def _curve(axes: Any, name: str, values: Sequence[Interval], segment_s: float) -> None:
+def _curve(axes: Any, name: str, values: Sequence[Interval], segment_s: float, colour: str) -> None:
     at = [(k + 0.5) * segment_s for k in range(len(values))]
-    axes.plot(at, [v.value for v in values], marker="o", label=name)
-    axes.fill_between(at, [v.low for v in values], [v.high for v in values], alpha=0.2)
+    axes.plot(at, [v.value for v in values], marker="o", label=name, color=colour)
+    axes.fill_between(at, [v.low for v in values], [v.high for v in values], alpha=0.2, color=colour)
