@@ -82,6 +82,8 @@ def test_a_teacher_may_be_kept_in_bf16(folder: Path, tmp_path: Path) -> None:
 def test_long_rollouts_open_their_windows_with_the_codec(folder: Path, tmp_path: Path) -> None:
     """21 latent frames of a rollout of 24; without a codec that is refused before any step."""
     name, longer = "wan-1.3b-self-forcing", "method.sample.longest=24"
+    with pytest.raises(ValueError, match="codec='identity' has no effect on OdeRegressionConfig"):
+        replace(locate("wan-1.3b-causvid-ode", RECIPES)(), codec="identity")
     with pytest.raises(ValueError, match="need the codec"):
         toy_wan.train(tmp_path / "none", str(folder), name, longer)
     torch.manual_seed(0)

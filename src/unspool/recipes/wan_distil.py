@@ -67,6 +67,10 @@ class WanDistilRecipe(Recipe):
     mixed_codecs: bool = False
     method: DmdConfig | ConsistencyConfig | OdeRegressionConfig
 
+    def __post_init__(self) -> None:
+        if self.codec and not isinstance(self.method, DmdConfig):
+            raise ValueError(f"codec={self.codec!r} has no effect on {type(self.method).__name__}; leave it empty")
+
     def build_method(self, device: torch.device) -> Method:
         from unspool.train.export import check_codec
 
