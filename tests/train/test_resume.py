@@ -50,6 +50,17 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(kind: str, tmp_path:
     assert same(read_weights(tmp_path / "whole"), read_weights(legs))
 
 
+def test_a_run_knows_the_time_of_all_its_legs(tmp_path: Path) -> None:
+    first = train(tmp_path, "train.steps=6", "signal_at=3")
+    second = Trainer(recipe("train.steps=6"), tmp_path, show=False)
+    assert 0 < second.seconds <= first.seconds, "a new leg begins with the time of the checkpoint"
+    before = second.seconds
+    second.run()
+    assert second.seconds > before
+    saved = find(tmp_path)
+    assert saved is not None and saved.state["seconds"] > before
+
+
 def test_the_test_can_fail(tmp_path: Path) -> None:
     one, other = train(tmp_path / "a", "train.steps=2"), train(tmp_path / "b", "train.steps=2", "train.seed=1")
     assert not same(tensors(one), tensors(other))

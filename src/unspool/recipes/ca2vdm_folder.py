@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -98,8 +97,8 @@ def card_of(spec: ModelSpec) -> str:
 - Run: `unspool generate "{spec.examples[0]}" --model FOLDER -o out.mp4`.{knows}
 - Chunks of {rollout.chunk} latent frames; of the past it reads {past}; {len(rollout.sigmas) - 1} steps of ancestral
   sampling with guidance {rollout.guidance_scale:g}.
-- Made by `unspool train {made["recipe"]}`: {made["config"]["train"]["steps"]} steps, {made["minutes"]} minutes in its
-  last leg, on {made["hardware"]}, torch {made["torch"]}. Every setting is in model.json.
+- Made by `unspool train {made["recipe"]}`: {made["config"]["train"]["steps"]} steps, {made["minutes"]} minutes
+  on {made["hardware"]}, torch {made["torch"]}. Every setting is in model.json.
 """
 
 
@@ -107,7 +106,7 @@ class PrefixModel(Callback):
     """Writes `model/` at the end of a training, the network in bfloat16. `spec` and `codec` are asked for then."""
 
     def __init__(self, spec: Callable[[], ModelSpec], codec: Callable[[], object]) -> None:
-        self.spec, self.codec, self._began = spec, codec, time.monotonic()
+        self.spec, self.codec = spec, codec
 
     def on_end(self, trainer: Trainer) -> None:
         with trainer.evaluating():
@@ -126,7 +125,7 @@ class PrefixModel(Callback):
     def _provenance(self, trainer: Trainer) -> dict[str, Any]:
         return {
             "recipe": trainer.name,
-            "minutes": round((time.monotonic() - self._began) / 60, 1),
+            "minutes": round(trainer.seconds / 60, 1),
             **machine(),
             "config": to_dict(trainer.recipe),
         }

@@ -93,6 +93,8 @@ class Trainer:
             self.state.init_weights("student", read_weights(init_from))
         self._source = recipe.build_source()
         self._callbacks = tuple(recipe.callbacks())
+        self._before_s = float(saved.state.get("seconds", 0.0)) if saved is not None else 0.0
+        self._began: float | None = None
         self._saved_step = saved.step if saved is not None and saved.path.parent.parent == self.out else -1
         self._show = show and self.world.is_main
 
@@ -100,6 +102,11 @@ class Trainer:
     def step(self) -> int:
         """Steps done."""
         return self.state.step
+
+    @property
+    def seconds(self) -> float:
+        """Time trained up to here, over all legs; of an earlier leg up to the checkpoint that was continued."""
+        return self._before_s + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def autocast(self) -> torch.autocast:
         """The precision in which the method's step runs."""
@@ -134,6 +141,7 @@ class Trainer:
 
         Raises Diverged, whatever the source or a callback raises, and KeyboardInterrupt at a second Ctrl-C.
         """
+        self._began = time.monotonic()
         self._prepare_folder()
         self._window = Window()
         with ExitStack() as stack:
@@ -287,6 +295,7 @@ class Trainer:
             "class": type(self.recipe).__qualname__,
             "config": to_dict(self.recipe),
             "seed": self._train.seed,
+            "seconds": self.seconds,
             CODEC: getattr(self._source, "codec_sha256", None),
             "counters": self.state.counters(),
         }
