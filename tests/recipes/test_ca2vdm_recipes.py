@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,12 +131,44 @@ def test_real_clips_are_overfitted(tmp_path: Path) -> None:
     options = (
         f"data.path={tmp_path / 'videos'}", f"model={tmp_path / 'tiny'}", "data.height_px=16", "data.width_px=32",
         "data.num_frames=25", "data.num_repeats=2", "codec.crop_px=null", "codec.crop_share=0", "codec_train.steps=2",
-        "codec_train.batch=2",
+        "codec_train.batch=2", "report.seconds=3",
     )  # fmt: skip
     assert train("ca2vdm-overfit", tmp_path / "run", *options, *SMALL, "train.steps=2") == 0
     model = load(tmp_path / "run/model")
     assert model.spec.examples == ("a person who bows", "a person who waves")
     assert model.generate("a person who waves", chunks=5).frames.shape == (49, 16, 32, 3)
+    found = json.loads((tmp_path / "run/report.json").read_text())
+    assert found["captions"] == ["a person who bows", "a person who waves"] and len(found["psnr_by_second"][0]) == 3
+    assert all(0 <= share <= 1 for share in found["nearest_own"]) and all(moves >= 0 for moves in found["motion"])
+    assert (tmp_path / "run/streams.png").stat().st_size > 0
+
+
+def test_the_report_knows_a_right_stream_a_still_one_and_a_wrong_one(tmp_path: Path) -> None:
+    """Two videos, "streamed" as themselves twice over, as one picture, and each as the other."""
+    from types import SimpleNamespace
+
+    from unspool.engine.load import load
+    from unspool.recipes.overfit_report import OverfitReport, OverfitReportConfig
+
+    save(tmp_path / "tiny")
+    model, rng = load(tmp_path / "tiny"), np.random.default_rng(0)
+    videos = [(name, rng.integers(0, 256, (33, 16, 16, 3), np.uint8)) for name in ("one", "two")]
+    of = dict(videos)
+
+    def report(made: Callable[[str], np.ndarray]) -> dict[str, list[float]]:
+        pipeline = SimpleNamespace(
+            generate=lambda name, **_: SimpleNamespace(frames=made(name)), spec=model.spec, codec=model.codec,
+            device=model.device,
+        )  # fmt: skip
+        return OverfitReport(OverfitReportConfig()).report(pipeline, videos, tmp_path / "sheet.png")  # type: ignore[arg-type]
+
+    right = report(lambda name: np.concatenate([of[name], of[name]]))
+    assert right["nearest_own"] == [1, 1] and right["first_psnr"] == right["last_psnr"] == pytest.approx([100, 100])
+    assert right["motion"] == pytest.approx([1, 1], abs=0.05) and max(right["codec_psnr"]) < 20
+    still = report(lambda name: np.repeat(of[name][:1], 66, 0))
+    assert still["nearest_own"] == [1, 1] and still["motion"] == [0, 0]
+    wrong = report(lambda name: of["two" if name == "one" else "one"])
+    assert wrong["nearest_own"] == [0, 0] and max(wrong["first_psnr"]) < 12
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

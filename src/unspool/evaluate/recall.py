@@ -36,6 +36,31 @@ def share_nearest_own(table: NDArray[np.float64], own: Sequence[int]) -> float:
     return float(np.mean(table.argmin(axis=1) == np.asarray(own)))
 
 
+def nearest_frame_psnr(made: Frames, clips: Sequence[Frames]) -> NDArray[np.float64]:
+    """PSNR in dB of each frame of `made` against the nearest frame of each clip, [frames, clips].
+
+    Right for a stream that is longer than its video and goes through it in an order of its own; blind to that order.
+    Raises ValueError for frames of different sizes, or none.
+    """
+    sizes = {frames.shape[1:] for frames in (made, *clips)}
+    if not clips or len(sizes) > 1 or any(len(frames) == 0 for frames in (made, *clips)):
+        raise ValueError(f"{len(clips)} videos, frames of {sorted(sizes)}: expected at least one, and one size for all")
+    own = made.reshape(len(made), -1).astype(np.float64) / 255
+    errors = []
+    for clip in clips:
+        real = clip.reshape(len(clip), -1).astype(np.float64) / 255
+        squares = np.square(own).sum(1)[:, None] - 2 * own @ real.T + np.square(real).sum(1)
+        errors.append(squares.min(1) / own.shape[1])
+    return -10 * np.log10(np.maximum(np.stack(errors, 1), 1e-10))
+
+
+def mean_change(frames: Frames) -> float:
+    """Mean absolute change of a pixel from one frame to the next, in [0, 1]; 0 for a still picture."""
+    if len(frames) < 2:
+        raise ValueError(f"{len(frames)} frames: expected at least two")
+    return float(np.abs(np.diff(frames.astype(np.float32), axis=0)).mean() / 255)
+
+
 def psnr_by_frame(made: Sequence[Frames], true: Sequence[Frames]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(mean PSNR in dB of frame k over the clips that have one, number of these clips), for clips of any length.
 
@@ -53,4 +78,4 @@ def psnr_by_frame(made: Sequence[Frames], true: Sequence[Frames]) -> tuple[NDArr
     return np.array([np.mean(v) for v in values]), np.array([len(v) for v in values])
 
 
-__all__ = ["Frames", "distances", "psnr_by_frame", "share_nearest_own"]
+__all__ = ["Frames", "distances", "mean_change", "nearest_frame_psnr", "psnr_by_frame", "share_nearest_own"]

@@ -16,6 +16,7 @@ from unspool.methods.codec import CodecTrainingConfig
 from unspool.models.stdit.config import STDiTConfig
 from unspool.recipes.ca2vdm_folder import Clip, PrefixModel, SamplingConfig, describe_prefix_model, settings_of
 from unspool.recipes.finetune_video import VideosRecipe
+from unspool.recipes.overfit_report import OverfitReport, OverfitReportConfig
 from unspool.recipes.stage import LATENT_CHANNELS, train_config
 from unspool.recipes.stage_folder import EXAMPLES, VOCABULARY
 from unspool.recipes.stage_parts import CLIP, ShortClips, begin_from, caption_config, latent_clips
@@ -110,8 +111,9 @@ class PrefixVideosRecipe(VideosRecipe):
     network: STDiTConfig
     method: CleanPrefixConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    report: OverfitReportConfig = field(default_factory=OverfitReportConfig)
 
-    harmless: ClassVar[tuple[str, ...]] = ("sampling",)
+    harmless: ClassVar[tuple[str, ...]] = ("sampling", "report")
 
     def __post_init__(self) -> None:
         check_agreement(self.network, self.method)
@@ -131,7 +133,8 @@ class PrefixVideosRecipe(VideosRecipe):
     def callbacks(self) -> Sequence[Callback]:
         from unspool.models.taehv import Taehv
 
-        return (PrefixModel(self.describe, lambda: Taehv.from_single_file(Path(self.parts) / "codec.safetensors")),)
+        codec = Path(self.parts) / "codec.safetensors"
+        return PrefixModel(self.describe, lambda: Taehv.from_single_file(codec)), OverfitReport(self.report)
 
     def describe(self) -> ModelSpec:
         """The model that this makes."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from unspool.data.shard_format import replace_text
-from unspool.data.videos import VideoFolder
+from unspool.data.videos import VideoFolder, VideoFolderConfig
 from unspool.engine.decode import to_uint8
 from unspool.engine.export import contact_sheet
 from unspool.engine.load import find_model
@@ -47,7 +47,7 @@ class FinetuneReport(Callback):
         recipe: Any = trainer.recipe
         student: Any = trainer.method.networks["student"]
         codec = Taehv.from_single_file(Path(recipe.parts) / "codec.safetensors")
-        videos = _videos(recipe)
+        videos = captioned_videos(recipe.data)
         spec = _describe(recipe, sorted({caption for caption, _ in videos}))
         model = trainer.out / "model"
         save_model_folder(model, spec, transformer=student.backbone, codec=codec, text=student.text)
@@ -127,10 +127,10 @@ class FinetuneReport(Callback):
         return rollout.next_chunk().latents
 
 
-def _videos(recipe: FinetuneVideoRecipe) -> list[tuple[str, Frames]]:
+def captioned_videos(data: VideoFolderConfig) -> list[tuple[str, Frames]]:
     """(caption, frames) of the part of every video that was trained on."""
     found = []
-    source = VideoFolder(replace(recipe.data, num_frames=1, mode="head", num_repeats=1))
+    source = VideoFolder(replace(data, num_frames=1, mode="head", num_repeats=1))
     for i in range(source.num_clips):
         clip = source.clip(i)
         found.append((clip.caption, to_uint8(source.frames_of(clip)[None])[0]))
