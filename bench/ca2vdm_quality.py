@@ -163,8 +163,7 @@ class Quality:
         arm = ARMS[name]
         if arm.of:
             model = self.pipeline(arm.of)
-            model.spec = replace(model.spec, rollout=replace(model.spec.rollout, commit="recompute"))
-            return model
+            return model.with_settings(replace(model.spec.rollout, commit="recompute"))
         recipe = self.recipe(arm, CLIP, train(steps=1500, batch=12, lr=7e-4))
         start = self.short(arm) / "student.safetensors"
         recipe = replace(recipe, start=str(start), codec=str(self.codec))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,7 @@ SWITCHES = ("p50", "p90", "never", "untouched")
 
 def variant(base: Pipeline, changes: str) -> Pipeline:
     """The same networks under other settings."""
-    rollout = apply_overrides(base.spec.rollout, tuple(changes.split()))
-    rollout.config()  # refuses what does not fit together
-    return Pipeline(
-        replace(base.spec, rollout=rollout), transformer=base.transformer, codec=base.codec,
-        text=base.wording.encoder, source=base.source, is_compiled=base.is_compiled,
-    )  # fmt: skip
+    return base.with_settings(apply_overrides(base.spec.rollout, tuple(changes.split())))
 
 
 def measure(pipeline: Pipeline, config: StageProtocol, folder: Path, parts: list[str]) -> dict[str, Any]:

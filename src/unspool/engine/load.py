@@ -12,6 +12,7 @@ from torch import nn
 from unspool import presets
 from unspool.config import locate, nearest
 from unspool.engine.model_folder import KINDS, MODEL_FILE, ModelSpec, Part, read_model_folder
+from unspool.engine.origin import note_origin
 from unspool.engine.pipeline import Pipeline
 from unspool.engine.shipped import shipped_models
 from unspool.models.base import Text
@@ -47,6 +48,8 @@ def load(
     for weight in parts["codec"].parameters() if isinstance(parts["codec"], torch.nn.Module) else ():
         if weight.dim() == 4:  # as convolutions compute, else every call lays them out anew
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    for role, part in spec.parts.items():
+        note_origin(parts[role], part.sha256)
     if compile:
         from unspool.ops.compile import compile_backbone
 

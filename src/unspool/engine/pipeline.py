@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from unspool.engine.clock import Clock
 from unspool.engine.model_folder import ModelSpec
+from unspool.engine.origin import weights_of
 from unspool.engine.record import Event, FrameHash, Record
 from unspool.engine.session import Session, Transition
 from unspool.engine.settings import RolloutSettings, SwitchPolicy, Window
@@ -20,7 +21,6 @@ from unspool.engine.stream import Stream
 from unspool.engine.video import Video
 from unspool.engine.wording import TextEncoder, Wording
 from unspool.models.base import Backbone, Codec
-from unspool.rollout.state import weights_mark
 
 MAX_SECONDS = 3600.0
 MAX_BYTES = 8 * 2**30
@@ -46,8 +46,22 @@ class Pipeline:
         self.spec, self.source, self.is_compiled = spec, source, is_compiled
         self.transformer, self.codec = transformer, codec
         self.wording = Wording(text)
-        self.weights = spec.weights or "unsaved " + weights_mark(transformer)
-        """What tells these weights from others: a hash of the files, or of the network where it comes from none."""
+
+    @property
+    def weights(self) -> str:
+        """What tells these weights from others: of the files, or of the networks where they differ from their files."""
+        return weights_of(self.spec, transformer=self.transformer, codec=self.codec, text=self.wording.encoder)
+
+    def with_settings(self, rollout: RolloutSettings) -> Pipeline:
+        """The same networks rolled out in another way: `pipe.with_settings(replace(pipe.spec.rollout, sink=0))`.
+
+        Raises ValueError for settings that do not fit together.
+        """
+        rollout.config()
+        return Pipeline(
+            replace(self.spec, rollout=rollout), transformer=self.transformer, codec=self.codec,
+            text=self.wording.encoder, source=self.source, is_compiled=self.is_compiled,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:

@@ -24,12 +24,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unspool.causal.newer import stated
-from unspool.config import to_dict
 from unspool.engine.files import replacing
 from unspool.engine.pipeline import Pipeline
 from unspool.engine.settings import RolloutSettings
 from unspool.evaluate.measures import Frames, Measure, Values, call
+from unspool.evaluate.own_code import own_code, settings_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +96,10 @@ class ClipStore:
 
     def key(self, arm: Arm, request: Request) -> str:
         """All that the frames depend on."""
-        pipeline = arm.pipeline
-        stating = stated(arm.settings)  # clips of before a setting existed are those of its default
-        settings = {name: value for name, value in to_dict(arm.settings).items() if name in stating}
-        facts = (pipeline.weights, settings, asdict(request), pipeline.device.type, str(pipeline.dtype))
-        return mark(*facts)
+        pipeline, own = arm.pipeline, own_code(arm.pipeline, arm.settings)
+        facts = (pipeline.weights, settings_facts(arm.settings), asdict(request), pipeline.device.type,
+                 str(pipeline.dtype))  # fmt: skip
+        return mark(*facts, *([own] if own else []))
 
     def clips(self, arm: Arm, request: Request) -> Frames:
         """Frames [b, f, y, x, 3], made unless they are there."""

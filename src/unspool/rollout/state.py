@@ -6,6 +6,7 @@ Two streams are the same stream only with the same settings, noise and weights, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -108,13 +109,18 @@ def noise_facts(noise: NoiseSource) -> dict[str, Any]:
 
 def weights_mark(backbone: Backbone) -> str:
     """A short hash over a few numbers of every parameter: tells weights apart without reading all of them."""
+    return tensors_mark(backbone.parameters())
+
+
+def tensors_mark(tensors: Iterable[Tensor]) -> str:
+    """The same of any tensors, in their order."""
     digest = hashlib.sha256()
-    for parameter in backbone.parameters():
-        flat = parameter.detach().reshape(-1)
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
         count = min(flat.numel(), 16)
         places = [i * (flat.numel() - 1) // max(count - 1, 1) for i in range(count)]  # integers: fp32 ends at 2^24
-        index = torch.tensor(places, device=flat.device)
-        digest.update(f"{tuple(parameter.shape)} {parameter.dtype}".encode())
+        index = torch.tensor(places, dtype=torch.long, device=flat.device)
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat[index].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
