@@ -252,3 +252,22 @@ def test_a_class_of_a_union_is_chosen_by_its_name() -> None:
             cfg.apply_overrides(Choice(), wrong)
     with pytest.raises(ValueError, match=r"Window also needs see\.window"):
         cfg.apply_overrides(Choice(see=Full()), ["see=Window"])
+
+
+class Loose:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    parts: tuple[object, ...] = (1, Loose())
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    held: Held = dataclasses.field(default_factory=Held)
+
+
+def test_what_is_no_plain_data_is_refused_by_its_key() -> None:
+    with pytest.raises(ValueError, match=r"held\.parts\.1: got <.*; to be kept, Loose must be a frozen dataclass"):
+        cfg.to_dict(Outer())

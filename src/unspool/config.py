@@ -1,7 +1,7 @@
 """Typed configuration: frozen keyword-only dataclasses are the truth; YAML and `a.b=c` overrides are thin layers.
 
-Everything is strict. An unknown key, a wrong type or an impossible value raises a ValueError that names the full key,
-what was found, what is expected, and the nearest names. Values are validated by each dataclass's `__post_init__`.
+Strict: what does not fit raises a ValueError that names the full key, what was found, what is expected and the nearest
+names. Each dataclass's `__post_init__` validates its values.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _NONE = {"none", "null", "~"}
 _INTEGER = re.compile(r"[+-]?\d+(_\d+)*")
 
 
-def to_dict(config: object) -> dict[str, Any]:
+def to_dict(config: object, *, where: str = "") -> dict[str, Any]:
     """The init fields of a dataclass as plain data for JSON or YAML, nested ones included.
 
-    Tuples become lists, paths and enums strings. Where the annotation is a union of several dataclasses, the chosen
-    class is kept under `_type`. `from_dict(type(config), to_dict(config)) == config`.
+    Tuples become lists, paths and enums strings. Where a union of several dataclasses is annotated, the chosen class is
+    kept under `_type`. `from_dict(type(config), to_dict(config)) == config`. Raises ValueError for other values.
     """
     hints = _fields(type(config))
-    return {name: _plain(getattr(config, name), hint) for name, hint in hints.items()}
+    return {name: _plain(getattr(config, name), hint, _join(where, name)) for name, hint in hints.items()}
 
 
 def from_dict(cls: type[Config], data: Mapping[str, Any], *, where: str = "") -> Config:
@@ -214,22 +214,22 @@ def _is_config(value: object) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _plain(value: Any, hint: Any = None) -> Any:
+def _plain(value: Any, hint: Any, where: str) -> Any:
     if _is_config(value):
         tag = {TYPE_KEY: type(value).__name__} if len(_configs(hint)) > 1 else {}
-        return {**tag, **to_dict(value)}
+        return {**tag, **to_dict(value, where=where)}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
         inner = (typing.get_args(hint) or (None, None))[-1]
-        return {str(key): _plain(item, inner) for key, item in value.items()}
+        return {str(key): _plain(item, inner, _join(where, str(key))) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item, _item_hint(hint, index)) for index, item in enumerate(value)]
+        return [_plain(item, _item_hint(hint, i), _join(where, str(i))) for i, item in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a configuration cannot hold a {type(value).__name__}: {value!r}")
+    raise ValueError(f"{where}: got {_show(value)}; to be kept, {type(value).__name__} must be a frozen dataclass")
 
 
 def _item_hint(hint: Any, index: int) -> Any:

@@ -19,11 +19,12 @@ from unspool.data.worlds.motion import MOTIONS
 from unspool.data.worlds.stage import Scene
 from unspool.evaluate import report
 from unspool.evaluate.frozen import measure_frozen_stream
-from unspool.evaluate.goals import goals
+from unspool.evaluate.goals import Goal, goals
 from unspool.evaluate.measures import Format
 from unspool.evaluate.protocol import StageProtocol, StreamProtocol, stream_cases
 from unspool.evaluate.runner import Arm, ClipStore, Measures, Request, plain
 from unspool.evaluate.stage import FROZEN, STUDENT, TEACHER, TRUTH, WRONG, Evaluation, Results, waits
+from unspool.evaluate.stats import Interval
 from unspool.evaluate.tables import ALL, Summary, column
 
 Shown = tuple[Evaluation, Results, Summary]
@@ -156,6 +157,20 @@ def test_goals_without_numbers_are_not_measured() -> None:
     found = goals(Summary())
     assert len(found) > 15 and all(goal.is_met is None for goal in found)
     assert all("not measured" in line for line in report.goal_lines(found)[2:])
+
+
+@pytest.mark.parametrize(
+    ("value", "is_met", "is_sure"),
+    [((0.95, 0.92, 0.98), True, True), ((0.95, 0.85, 0.98), True, False), ((0.85, 0.8, 0.95), False, False),
+     ((0.85, 0.8, 0.89), False, True), ((0.95, math.nan, math.nan), True, True),
+     ((math.inf, 0.5, math.inf), False, False)],
+)  # fmt: skip
+def test_a_goal_says_whether_its_interval_agrees(
+    value: tuple[float, float, float], is_met: bool, is_sure: bool
+) -> None:
+    goal = Goal("share", Interval(*value, n=16), low=0.9, high=1.1)
+    assert (goal.is_met, goal.is_sure) == (is_met, is_sure)
+    assert ("(not sure)" in report.goal_lines([goal])[-1]) == (not is_sure)
 
 
 # ---- what is kept --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +38,10 @@ class RolloutSettings:
     does by default; `process` a name of PROCESSES with its `process_options`, under "iddpm" any number of steps can be
     asked for; `prefix_frames` latent frames that prefix-enhanced attentions read (None: the network has none);
     `commit`, `commit_noise` as of `RolloutConfig`; `bidirectional_past`: under the commit "recompute" all latent frames
-    of a forward read each other, clean ones the noisy ones too (False: as `within` says).
+    of a forward read each other, clean ones the noisy ones too (False: as `within` says). `solver`, `positions` and
+    `process` may also be your own "module:Class", made with the options beside them (`solver_options`). `visibility`,
+    one of VISIBILITIES or such a class, decides with its `visibility_options` what chunks read, instead of `window`,
+    `sink` and `within`.
 
     Raises ValueError for a chunk shorter than `prefix_frames`, for `bidirectional_past` with a cache, and for another
     convention of guidance.
@@ -69,6 +73,9 @@ class RolloutSettings:
     commit_noise: float = field(default=0.0, metadata=NEWER)
     bidirectional_past: bool = field(default=False, metadata=NEWER)
     commit_within: Within | None = field(default=None, metadata=NEWER)
+    solver_options: dict[str, str | int | float] = field(default_factory=dict, metadata=NEWER)
+    visibility: str | None = field(default=None, metadata=NEWER)
+    visibility_options: dict[str, str | int | float] = field(default_factory=dict, metadata=NEWER)
 
     def __post_init__(self) -> None:
         if self.guidance_convention != GUIDANCE_CONVENTION:
@@ -80,6 +87,11 @@ class RolloutSettings:
             raise ValueError(
                 f"commit_within={self.commit_within!r} with window='full': expected a window in latent frames, which "
                 "alone reads its own chunk differently in commit passes"
+            )
+        if self.visibility_options and self.visibility is None:
+            raise ValueError(
+                f"visibility_options={self.visibility_options} without visibility: expected a name or your own "
+                "'module:Class' for it; else use window, sink and within"
             )
         if self.bidirectional_past and self.commit != "recompute":
             raise ValueError(
@@ -112,6 +124,11 @@ class RolloutSettings:
 
         Raises ValueError for a number of steps that the model cannot be run with.
         """
+        if self.visibility is not None and not window is sink is None:
+            raise ValueError(
+                f"window={window}, sink={sink}: what this model reads is decided by visibility={self.visibility!r}; "
+                "leave them out, or change its visibility_options"
+            )
         changes: dict[str, Any] = {
             "guidance_scale": guidance,
             "window": window,
@@ -142,14 +159,7 @@ class RolloutSettings:
         """The process that `process` and its options name. Raises ValueError for options that it does not have."""
         from unspool.diffusion import PROCESSES
 
-        named = locate(self.process, PROCESSES)
-        try:
-            made: Process = named(**self.process_options)
-        except TypeError as error:
-            known = ", ".join(f.name for f in fields(named)) if is_dataclass(named) else "those of its constructor"
-            raise ValueError(
-                f"process={self.process!r} with process_options={self.process_options}: expected options among {known}"
-            ) from error
+        made: Process = _made("process", self.process, PROCESSES, self.process_options)
         return made
 
     def config(self, *, whole: int | None = None) -> RolloutConfig:
@@ -160,7 +170,7 @@ class RolloutSettings:
         from unspool.causal.chunks import ChunkPlan
         from unspool.causal.position import POSITIONS
         from unspool.causal.prefix import PrefixEnhanced
-        from unspool.causal.visibility import Full
+        from unspool.causal.visibility import VISIBILITIES, Full
         from unspool.causal.visibility import Window as Windowed
         from unspool.diffusion.schedule import Schedule
         from unspool.rollout.guidance import Guidance
@@ -172,14 +182,16 @@ class RolloutSettings:
         if whole is not None:
             plan = ChunkPlan(chunk=whole, num_frames=whole)
         visibility: Visibility = Full(within=self.within)
-        if windowed:
+        if whole is None and self.visibility is not None:
+            visibility = _made("visibility", self.visibility, VISIBILITIES, self.visibility_options)
+        elif windowed:
             visibility = Windowed(
                 window=int(self.window), sink=self.sink, within=self.within, commit_within=self.commit_within
             )
         if self.prefix_frames is not None:
             visibility = PrefixEnhanced(base=visibility, frames=self.prefix_frames)
         process = self.noising()
-        solver: Any = locate(self.solver, SOLVERS)()
+        solver: Any = _made("solver", self.solver, SOLVERS, self.solver_options)
         own = {f.name for f in fields(solver)} if is_dataclass(solver) else set()
         if "process" in own:  # it uses the tables: "ancestral"
             solver = replace(solver, process=process)
@@ -190,9 +202,19 @@ class RolloutSettings:
             visibility=visibility,
             process=process,
             commit_noise=0.0 if whole is not None else self.commit_noise,
-            positions=locate(self.positions, POSITIONS)(**self.position_options),
+            positions=_made("position", self.positions, POSITIONS, self.position_options),
             solver=solver,
             guidance=Guidance(self.guidance_scale, self.guidance_mode),
             sigma_commit=self.sigma_commit,
             commit="none" if whole is not None else self.commit,
         )
+
+
+def _made(kind: str, name: str, table: Mapping[str, str], options: Mapping[str, object]) -> Any:
+    """An object of the class that `name` stands for. Raises ValueError for options that it does not have."""
+    named = locate(name, table)
+    try:
+        return named(**options)
+    except TypeError as error:
+        known = ", ".join(f.name for f in fields(named)) if is_dataclass(named) else "those of its constructor"
+        raise ValueError(f"{name!r} with {kind}_options={dict(options)}: expected options among {known}") from error

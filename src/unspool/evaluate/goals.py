@@ -29,6 +29,15 @@ class Goal:
         return self.low <= self.value.value <= self.high
 
     @property
+    def is_sure(self) -> bool:
+        """Whether the whole 95 % interval is on the side of the estimate; True where there is none."""
+        if self.value is None or self.is_met is None:
+            return True
+        at, low, high = self.value.value, self.value.low, self.value.high
+        low, high = (at if math.isnan(end) else end for end in (low, high))
+        return self.low <= low and high <= self.high if self.is_met else high < self.low or low > self.high
+
+    @property
     def bound(self) -> str:
         low, high = f"{self.low:g}", f"{self.high:g}"
         if math.isinf(self.high):

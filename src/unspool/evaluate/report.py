@@ -144,7 +144,7 @@ def _arm_facts(arm: Arm) -> dict[str, Any]:
 
 def _goal_facts(goal: Goal) -> dict[str, Any]:
     value = None if goal.value is None else _tree(goal.value)
-    return {"what": goal.what, "goal": goal.bound, "value": value, "met": goal.is_met}
+    return {"what": goal.what, "goal": goal.bound, "value": value, "met": goal.is_met, "sure": goal.is_sure}
 
 
 def _tree(value: Any) -> Any:
@@ -177,7 +177,7 @@ def goal_lines(found: Iterable[Goal]) -> list[str]:
     """The table of goals as Markdown."""
     lines = ["| | goal | measured, 95 % interval | prompts | |", "|---|---|---|---|---|"]
     for goal in found:
-        verdict = {True: "met", False: "**not met**", None: ""}[goal.is_met]
+        verdict = {True: "met", False: "**not met**", None: ""}[goal.is_met] + ("" if goal.is_sure else " (not sure)")
         value = "not measured" if goal.is_met is None else shown(goal.value, 1 if "dB" in goal.unit else 3)
         count = "" if goal.value is None or goal.is_met is None else str(goal.value.n)
         lines.append(f"| {goal.what} | {goal.bound} | {value} | {count} | {verdict} |")

@@ -73,6 +73,7 @@ class Trainer:
     ) -> None:
         self.out, self.name = Path(out), name
         saved = find_start(self.out, resume)
+        to_dict(recipe)  # refuses now what the first checkpoint could not hold
         self.recipe = recipe = recipe.prepare(self.out)
         self._train = recipe.train
         self.stop = Stop(self._train.max_minutes)
