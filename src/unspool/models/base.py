@@ -140,6 +140,7 @@ class Backbone(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, cond: Conditioning, context: Context) -> Tensor:
         """Prediction [b, t, c, h, w] for latents `x` [b, t, c, h, w] at noise levels `sigma` [b|1, t|1].
 
+        `sigma` may lie on the host while `x` is on a device: bring it over by `sigma.to(...)`, which waits for nothing.
         With a learned variance its fraction takes c further channels; the process knows.
         """
         ...
