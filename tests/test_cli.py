@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -219,3 +220,11 @@ def test_metrics_console_and_reserved_names(caplog: pytest.LogCaptureFixture) ->
         sink.write(4, {"step": 1.0})
     with pytest.raises(ValueError, match="console_every=-1"):
         log.MetricsLog(None, console_every=-1)
+
+
+def test_the_package_runs_as_a_module() -> None:
+    """As `torchrun -m unspool train ...` does."""
+    done = subprocess.run([sys.executable, "-m", "unspool", "train", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "unspool train" in done.stdout
+    wrong = subprocess.run([sys.executable, "-m", "unspool", "tarin"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "train" in wrong.stderr
