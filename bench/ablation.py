@@ -73,6 +73,7 @@ class Arm:
 ARMS: dict[str, Arm] = {
     "teacher": Arm("bidirectional, 24 steps with guidance", 24, "", ""),
     "causal": Arm("causal, teacher forcing, 24 steps with guidance", 24, "", ""),
+    "causal_few": Arm("the same causal weights in 4 steps without guidance", init="", loss=""),
     "ode": Arm("ODE regression alone", init="ode", loss=""),
     "consistency": Arm("causal consistency alone", init="consistency", loss=""),
     "no_init": Arm("DMD on noised data, no few-step init", init=""),
