@@ -19,7 +19,7 @@ from unspool.recipes.finetune_video import VideosRecipe
 from unspool.recipes.overfit_report import OverfitReport, OverfitReportConfig
 from unspool.recipes.stage import LATENT_CHANNELS, train_config
 from unspool.recipes.stage_folder import EXAMPLES, VOCABULARY
-from unspool.recipes.stage_parts import CLIP, ShortClips, begin_from, caption_config, latent_clips
+from unspool.recipes.stage_parts import CLIP, ShortClips, caption_config, latent_clips
 from unspool.train.config import TrainConfig
 from unspool.train.recipe import Recipe
 
@@ -71,10 +71,10 @@ class PrefixStageRecipe(Recipe):
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.models.caption import CaptionEncoder
-        from unspool.train.export import check_codec
+        from unspool.recipes.first_weights import begin_from, check_codecs
 
         if not self.mixed_codecs:
-            check_codec(self.data, self.start, codec=self.codec)
+            check_codecs(self.data, self.start, codec=self.codec)
         text = CaptionEncoder.from_single_file(self.text).requires_grad_(self.learn_text)
         return begin_from(clean_prefix(self.network, self.method, text, device), self.start)
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from unspool.causal.position import WindowRelative
 from unspool.causal.visibility import Window
-from unspool.methods.common import Student
 from unspool.methods.consistency import ConsistencyConfig
 from unspool.methods.dmd import DmdConfig
 from unspool.methods.gan import GanConfig
@@ -42,7 +41,7 @@ GRID = 24
 
 @dataclass(frozen=True, kw_only=True)
 class DistilRecipe(LatentRecipe):
-    """Base: the text encoder is used as it is, and weight files give networks of the student's sizes.
+    """Base: the text encoder is used as it is, and weights give networks of the student's sizes.
 
     Fields: `steps` of the student that comes out, `fewer` shorter lists that it may also be run with; `start` its first
     weights.
@@ -63,27 +62,16 @@ class DistilRecipe(LatentRecipe):
 
     def parts(self, device: torch.device, *files: str) -> tuple[list[WanTransformer], CaptionEncoder]:
         """A network for each weight file ("" leaves new weights), and the text encoder. Raises ValueError for weights
-        and data of different codecs."""
-        from unspool.train.export import check_codec
+        of other sizes, of other codecs than the data, or of a model that reads captions with another encoder."""
+        from unspool.recipes.first_weights import check_text, load_network
 
-        if not self.mixed_codecs:
-            check_codec(self.data, *files, codec=getattr(self, "codec", ""))
+        self.check_codecs(*files)
         first, text = self.student_parts(device)
         made = [first, *(self.student_parts(device)[0] for _ in files[1:])]
         for network, file in zip(made, files, strict=True):
-            load_backbone(network, file)
+            load_network(network, file)
+        check_text(text, self.text, *files)
         return made, text
-
-
-def load_backbone(network: WanTransformer, file: str) -> None:
-    """Load the `backbone.*` of a training's export, strictly; nothing without a file."""
-    if not file:
-        return
-    from unspool.weights.read import read_checkpoint
-    from unspool.weights.report import load_into
-
-    tensors = read_checkpoint(file).tensors
-    load_into(Student(network), {name: t for name, t in tensors.items() if name.startswith("backbone.")})
 
 
 @dataclass(frozen=True, kw_only=True)

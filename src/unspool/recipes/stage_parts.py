@@ -95,8 +95,9 @@ class LatentRecipe(Recipe):
     Fields: `network` sizes; `text` a text encoder file; `learn_text` whether it goes on learning: at the network's
     rates it forgets what the loss does not ask for yet, shapes and motions first (read off its states after 3,000
     steps: shapes 1.00 before, .40 after); `data` a folder of latents, of which `changes` keeps the clips whose prompt
-    changes; `start` weights of the student to begin with; `mixed_codecs`: weights and data may come from codecs of
-    different files, which share an encoder.
+    changes; `start` weights of the student to begin with: as all weights of recipes a training's export, a model folder
+    or the transformer's file in one; `mixed_codecs`: weights and data may come from codecs of different files, which
+    share an encoder.
     """
 
     network: WanConfig
@@ -134,6 +135,13 @@ class LatentRecipe(Recipe):
         watch = Watch(self.watch, kind=self.kind, size_px=self.size_px, few=self.few, sigma_commit=self.sigma_commit)
         return (Every(self.watch.every, watch),)
 
+    def check_codecs(self, *weights: str) -> None:
+        """Raise ValueError for weights and data of different codecs, unless `mixed_codecs`."""
+        from unspool.recipes.first_weights import check_codecs
+
+        if not self.mixed_codecs:
+            check_codecs(self.data, *weights, codec=getattr(self, "codec", ""))
+
     def student_parts(self, device: torch.device) -> tuple[WanTransformer, CaptionEncoder]:
         """The network and its text encoder on `device`."""
         from unspool.models.caption import CaptionEncoder
@@ -159,7 +167,9 @@ class TeacherRecipe(LatentRecipe):
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.flow_matching import FlowMatching
+        from unspool.recipes.first_weights import begin_from
 
+        self.check_codecs(self.start)
         network, text = self.student_parts(device)
         return begin_from(FlowMatching(self.method, backbone=network, text=text), self.start)
 
@@ -174,7 +184,9 @@ class StudentRecipe(LatentRecipe):
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.teacher_forcing import TeacherForcing
+        from unspool.recipes.first_weights import begin_from
 
+        self.check_codecs(self.start)
         network, text = self.student_parts(device)
         return begin_from(TeacherForcing(self.method, backbone=network, text=text), self.start)
 
@@ -193,16 +205,6 @@ def latent_clips(
 
     legs = [Leg(source=clips(length), steps=steps) for length, steps in short.legs]
     return Curriculum([*legs, Leg(source=clips(frames), steps=1)])
-
-
-def begin_from(method: Method, path: str) -> Method:
-    """The method with its student's weights read from `path` (nothing happens without one)."""
-    if path:
-        from unspool.weights.read import read_checkpoint
-        from unspool.weights.report import load_into
-
-        load_into(method.networks["student"], read_checkpoint(path).tensors)
-    return method
 
 
 def caption_config() -> CaptionConfig:
@@ -231,7 +233,6 @@ __all__ = [
     "TeacherRecipe",
     "TextRecipe",
     "Window",
-    "begin_from",
     "caption_config",
     "chunks",
     "latent_clips",

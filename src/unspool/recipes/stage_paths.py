@@ -21,8 +21,9 @@ from unspool.models.caption import CaptionEncoder
 from unspool.models.wan.config import WanConfig
 from unspool.models.wan.network import WanTransformer
 from unspool.ops.compile import compile_backbone
+from unspool.recipes.first_weights import check_text, load_network, weights_file
 from unspool.recipes.stage import network_64
-from unspool.recipes.stage_distil import FEW_STEPS, GRID, load_backbone
+from unspool.recipes.stage_distil import FEW_STEPS, GRID
 from unspool.recipes.stage_folder import GUIDANCE, SHIFT
 from unspool.recipes.stage_parts import chunks
 from unspool.rollout.noise import CounterNoise
@@ -66,12 +67,14 @@ def write_stage_paths(config: PathsConfig, folder: Path, tell: Callable[[int, in
     """
     clips = LatentShards(LatentShardsConfig(path=config.data, frames=config.frames))
     network = WanTransformer(config.network)
-    load_backbone(network, config.weights)
+    load_network(network, config.weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval().requires_grad_(False)
     if config.compile:
         compile_backbone(network)
-    conditioner = Conditioner(CaptionEncoder.from_single_file(config.text).to(device))
+    text = CaptionEncoder.from_single_file(config.text)
+    check_text(text, config.text, config.weights)
+    conditioner = Conditioner(text.to(device))
     how = config.trajectory()
 
     def sample(latents: Tensor, numbers: range) -> tuple[Tensor, Tensor]:
@@ -87,7 +90,7 @@ def write_stage_paths(config: PathsConfig, folder: Path, tell: Callable[[int, in
             )  # fmt: skip
         return states.cpu(), latents if config.kind == "causal" else states[:, -1].cpu()
 
-    teacher = {"sha256": hashlib.sha256(Path(config.weights).read_bytes()).hexdigest(), "kind": config.kind}
+    teacher = {"sha256": hashlib.sha256(weights_file(config.weights).read_bytes()).hexdigest(), "kind": config.kind}
     return write_trajectories(
         sample, clips, folder, how, count=config.count, batch=config.batch, teacher=teacher, progress=tell
     )

@@ -24,7 +24,6 @@ from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import ScoreConfig, ScoreLevels
 from unspool.models.wan.config import WanConfig
 from unspool.presets.data import WAN21_1_3B, WAN21_14B
-from unspool.recipes.stage_distil import load_backbone
 from unspool.train.config import EmaConfig, OptimConfig, TrainConfig
 from unspool.train.recipe import Recipe
 
@@ -47,13 +46,13 @@ class WanDistilRecipe(Recipe):
     """A distillation of a Wan network.
 
     Fields: `network` of student and critic, `teacher_network` where the teacher's differs (None: the same); `start` the
-    student's first weights and `teacher` the score's: a run's export, or what `load_wan` takes ("" leaves new weights:
-    a dry run); `critic` the critic's first ones ("": the teacher's, where the sizes agree); `data` latents with text
-    states, or trajectories for ODE regression; `codec` opens the windows of rollouts longer than what is scored
-    (`method.sample.longest`): a file, name or module:Class as of `unspool encode --codec` that pads at the start, which
-    the published TAEHV does not; `null_text` a safetensors file with one tensor [rows, channels], the states of the
-    empty caption (for published guidance: of the negative prompt); `mixed_codecs`: weights and data may come from
-    codecs of different files.
+    student's first weights and `teacher` the score's: a run's export, a model folder, or what `load_wan` takes ("":
+    new weights, for a dry run); `critic` the critic's first ones ("": the teacher's, where the sizes agree); `data`
+    latents with text states, or trajectories for ODE regression; `codec` opens the windows of rollouts longer than what
+    is scored (`method.sample.longest`): a file, name or module:Class as of `unspool encode --codec` that pads at the
+    start, which the published TAEHV does not; `null_text` a safetensors file with one tensor [rows, channels], the
+    states of the empty caption (for published guidance: of the negative prompt); `mixed_codecs`: weights and data may
+    come from codecs of different files.
     """
 
     network: WanConfig = WAN21_1_3B
@@ -72,10 +71,10 @@ class WanDistilRecipe(Recipe):
             raise ValueError(f"codec={self.codec!r} has no effect on {type(self.method).__name__}; leave it empty")
 
     def build_method(self, device: torch.device) -> Method:
-        from unspool.train.export import check_codec
+        from unspool.recipes.first_weights import check_codecs
 
         if not self.mixed_codecs:
-            check_codec(self.data, self.start, self.teacher, self.critic, codec=self.codec)
+            check_codecs(self.data, self.start, self.teacher, self.critic, codec=self.codec)
         null = self._null(device)
         student = self._network(self.network, self.start, device)
         if isinstance(self.method, OdeRegressionConfig):
@@ -114,15 +113,16 @@ class WanDistilRecipe(Recipe):
 
         from unspool.models.wan.load import load_wan
         from unspool.models.wan.network import WanTransformer
+        from unspool.recipes.first_weights import load_network, model_at
 
         place = torch.device("cpu") if frozen and device.type != "meta" else device
         dtype = torch.bfloat16 if frozen and self.train.frozen_dtype == "bf16" else torch.float32
         if not weights:
             with torch.device(place):
                 return WanTransformer(config)
-        if Path(weights).is_file() and own_export(weights):
+        if model_at(weights) or (Path(weights).is_file() and own_export(weights)):
             network = WanTransformer(config)
-            load_backbone(network, weights)
+            load_network(network, weights)
             return network.to(place, dtype)
         return load_wan(weights, config=config, dtype=dtype, device=place)
 

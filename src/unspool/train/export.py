@@ -70,9 +70,10 @@ def export_weights(
     return save_file(chosen, out, metadata={**header, **(metadata or {})})
 
 
-def check_codec(data: str, *files: str, codec: str = "") -> None:
+def check_codec(data: str, *files: str, codec: str = "", stated: Mapping[str, str | None] | None = None) -> None:
     """Raise ValueError where weight files were trained on latents of other codecs than each other, than those in the
-    folder `data`, or than the file `codec`. What does not say, or is not there, is not compared."""
+    folder `data`, or than the file `codec`. `stated`: hashes known from elsewhere, by name of the weights. What does
+    not say, or is not there, is not compared."""
     made: dict[str, str | None] = {}
     if codec and Path(codec).is_file():
         made[codec] = sha256_of([Path(codec)])
@@ -82,6 +83,7 @@ def check_codec(data: str, *files: str, codec: str = "") -> None:
         if Path(file).suffix == ".safetensors" and Path(file).is_file():
             with safe_open(file, framework="pt") as opened:
                 made[file] = (opened.metadata() or {}).get(CODEC)
+    made.update(stated or {})
     known = {name: mark for name, mark in made.items() if mark}
     if len(set(known.values())) > 1:
         told = ", ".join(f"{name}: {mark[:12]}" for name, mark in known.items())
