@@ -42,7 +42,7 @@ from unspool.methods.scores import ScoreConfig, ScoreLevels
 from unspool.models.wan.config import WanConfig
 from unspool.recipes.stage import network, student_64, teacher_64, train_config
 from unspool.recipes.stage_distil import ConsistencyRecipe, DmdRecipe, OdeRecipe
-from unspool.recipes.stage_folder import GUIDANCE, SHIFT, write_folder
+from unspool.recipes.stage_folder import GUIDANCE, SHIFT, Kind, usual_rollout, write_folder
 from unspool.recipes.stage_parts import ShortClips, chunks
 from unspool.recipes.stage_paths import PathsConfig, write_stage_paths
 
@@ -212,10 +212,11 @@ class Ablation:
             return found
         few = None if arm.steps > 8 else StepList(steps=LISTS[arm.steps], shift=SHIFT)
         folder = self.home / "models" / name
+        kind: Kind = "bidirectional" if name == "teacher" else "causal"
         write_folder(
-            folder, kind="bidirectional" if name == "teacher" else "causal", size_px=64, network=self.small(),
-            weights=read_checkpoint(weights).tensors, codec=self.stage / "codec.safetensors", text=self.text, few=few,
-            window=LATENTS,
+            folder, kind=kind, size_px=64, network=self.small(),
+            weights=read_checkpoint(weights).tensors, codec=self.stage / "codec.safetensors", text=self.text,
+            rollout=usual_rollout(kind, few=few, window=LATENTS),
         )  # fmt: skip
         tested = Tested(name="student", pipeline=load(folder), steps=None if few else arm.steps)
         evaluation = Evaluation(config, tested, folder=self.home / "evaluation" / name)

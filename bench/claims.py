@@ -36,7 +36,7 @@ from unspool.models.wan.network import WanTransformer
 from unspool.ops.compile import compile_backbone, compiler_works
 from unspool.recipes.stage import codec_64, codec_128, network_64, network_128
 from unspool.recipes.stage_distil import FEW_STEPS
-from unspool.recipes.stage_folder import describe_model
+from unspool.recipes.stage_folder import describe_model, usual_rollout
 from unspool.recipes.stage_parts import CLIP, caption_config
 
 PROMPT = "a red ball bounces at sunset"
@@ -77,7 +77,8 @@ def models(args: argparse.Namespace) -> tuple[Pipeline, Pipeline]:
     for kind, few in (("causal", FEW_STEPS), ("bidirectional", None)):
         network = WanTransformer({64: network_64, 128: network_128}[args.size]())
         torch.nn.init.normal_(network.head.head.weight, std=0.02)
-        spec = describe_model(kind=kind, size_px=args.size, transformer=Part(kind="wan"), few=few)  # type: ignore[arg-type]
+        rollout = usual_rollout(kind, few=few)  # type: ignore[arg-type]
+        spec = describe_model(kind=kind, size_px=args.size, transformer=Part(kind="wan"), rollout=rollout)  # type: ignore[arg-type]
         modules = [m.to(args.device, getattr(torch, args.dtype)).eval().requires_grad_(False)
                    for m in (network, Taehv(codec_config), CaptionEncoder(caption_config()))]  # fmt: skip
         made.append(Pipeline(spec, transformer=modules[0], codec=modules[1], text=modules[2], source="random weights"))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from unspool.models.wan.network import WanTransformer
 from unspool.recipes import RECIPES
 from unspool.recipes.first_weights import load_network, weights_file
 from unspool.recipes.stage import codec_64
-from unspool.recipes.stage_folder import describe_model
+from unspool.recipes.stage_folder import describe_model, usual_rollout
 
 CPU = torch.device("cpu")
 NETWORK = WanConfig(dim=16, ffn_dim=32, num_layers=1, num_heads=2, in_channels=16, out_channels=16, text_dim=8,
@@ -46,7 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network, text = WanTransformer(NETWORK), text_encoder()
     codec = Taehv(replace(codec_64().codec, encoder_widths=(8, 8, 8, 8), decoder_widths=(8, 8, 8, 8)))
-    spec = describe_model(kind="causal", size_px=64, transformer=Part(kind="wan"))
+    spec = describe_model(kind="causal", size_px=64, transformer=Part(kind="wan"), rollout=usual_rollout("causal"))
     save_model_folder(folder / "model", spec, transformer=network.to(torch.bfloat16), codec=codec, text=text)
     text.save(folder / "text.safetensors")
     text_encoder().save(folder / "other.safetensors")  # drawn anew: the same sizes, other weights

@@ -18,6 +18,7 @@ from unspool.data.shard_writer import ShardWriter
 from unspool.data.shards import LatentShards, LatentShardsConfig
 from unspool.data.trajectories import TrajectoryConfig, TrajectoryShards, write_trajectories
 from unspool.diffusion.schedule import uniform
+from unspool.engine.load import load
 from unspool.log import read_metrics
 from unspool.models.caption import CaptionConfig, CaptionEncoder
 from unspool.models.taehv import Taehv
@@ -26,7 +27,7 @@ from unspool.models.wan.network import WanTransformer
 from unspool.recipes import RECIPES
 from unspool.recipes.stage import codec_64
 from unspool.recipes.stage_distil import FEW_STEPS, GRID, TWO_STEPS, DistilRecipe
-from unspool.recipes.stage_folder import SHIFT, describe_model
+from unspool.recipes.stage_folder import SHIFT, usual_rollout
 from unspool.train.dryrun import estimate
 from unspool.train.loop import Trainer
 from unspool.train.recipe import Named
@@ -80,12 +81,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(name: str, home: Path, *overrides: str) -> DistilRecipe:
     recipe = locate(name, RECIPES)()
+    data = home / ("trajectories" if name.endswith("ode") else "latents")
     recipe = replace(recipe, text=str(home / "text.safetensors"), start=str(home / "student.safetensors"),
-                     data=str(home / ("trajectories" if name.endswith("ode") else "latents")))  # fmt: skip
+                     codec=str(home / "codec.safetensors"), data=str(data))  # fmt: skip
     if name.rpartition("-")[2] in ("forcing", "bidirectional", "causvid", "gan", "long"):
         recipe = replace(recipe, teacher=str(home / "teacher.safetensors"))
     if name.endswith("long"):
-        recipe = replace(recipe, critic=str(home / "critic.safetensors"), codec=str(home / "codec.safetensors"))
+        recipe = replace(recipe, critic=str(home / "critic.safetensors"))
     if name.endswith("ode"):
         recipe = replace(recipe, teacher="")
     return apply_overrides(recipe, [*SMALL, *overrides])
@@ -99,6 +101,10 @@ def test_a_recipe_trains_its_student(name: str, home: Path, tmp_path: Path) -> N
     Trainer(recipe, tmp_path, show=False).run()
     before, after = load_file(home / "student.safetensors"), load_file(tmp_path / "student.safetensors")
     assert set(after) == set(before) and any(not torch.equal(after[n], before[n]) for n in before)
+    found = load(tmp_path / "model")
+    assert found.settings() == recipe.rollout() and found.generate("a red ball bounces", frames=9).frames.shape[0] == 9
+    for key, value in found.transformer.state_dict().items():
+        torch.testing.assert_close(value.float(), after[f"backbone.{key}"].bfloat16().float(), rtol=0, atol=0, msg=key)
 
 
 @pytest.mark.parametrize("name", ["consistency", "ode", "self-forcing", "causvid", "gan", "long"])
@@ -138,7 +144,7 @@ def test_weights_and_data_of_different_codecs_are_refused(home: Path, tmp_path: 
     for name, mark in (("one", "1" * 64), ("other", "2" * 64)):
         save_file(load_file(home / "teacher.safetensors"), tmp_path / f"{name}.safetensors", {"codec_sha256": mark})
     one, other = (str(tmp_path / f"{name}.safetensors") for name in ("one", "other"))
-    recipe: Any = made("stage-64-causvid", home)
+    recipe: Any = replace(made("stage-64-causvid", home), codec="")
     assert replace(recipe, start=one, teacher=one, critic="").build_method(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"different codecs .*one\.safetensors: 1{12}, .*other\.safetensors: 2{12}"):
         replace(recipe, start=one, teacher=other).build_method(torch.device("cpu"))
@@ -156,7 +162,8 @@ def test_exports_say_whose_latents_they_know(home: Path, tmp_path: Path) -> None
     header, _ = read_header(encoded)
     count = len((encoded / "index.jsonl").read_text().splitlines())
     write_header(encoded, replace(header, codec_sha256="3" * 64), num_clips=count, is_complete=True)
-    Trainer(replace(made("stage-64-consistency", home), data=str(encoded)), tmp_path / "run", show=False).run()
+    recipe = replace(made("stage-64-consistency", home), data=str(encoded), codec="")
+    Trainer(recipe, tmp_path / "run", show=False).run()
     with safe_open(str(tmp_path / "run" / "student.safetensors"), "pt") as file:
         assert file.metadata()["codec_sha256"] == "3" * 64
 
@@ -176,16 +183,12 @@ def test_settings_without_effect_are_refused(home: Path) -> None:
 
 
 def test_a_few_step_student_is_described_as_one() -> None:
-    from unspool.engine.model_folder import Part
-
-    spec = describe_model(kind="causal", size_px=64, transformer=Part(kind="wan"), few=FEW_STEPS)
-    assert spec.rollout.steps == 4 and spec.rollout.guidance_scale == 1.0 and spec.rollout.solver == "few_step"
-    assert spec.rollout.config().schedule == FEW_STEPS.schedule
+    rollout = usual_rollout("causal", few=FEW_STEPS)
+    assert rollout.steps == 4 and rollout.guidance_scale == 1.0 and rollout.solver == "few_step"
+    assert rollout.config().schedule == FEW_STEPS.schedule
     with pytest.raises(ValueError, match="distilled to 4 fixed steps"):
-        spec.rollout.changed(steps=8)
-    both = describe_model(
-        kind="causal", size_px=64, transformer=Part(kind="wan"), few=FEW_STEPS, fewer=(TWO_STEPS,)
-    ).rollout
+        rollout.changed(steps=8)
+    both = usual_rollout("causal", few=FEW_STEPS, fewer=(TWO_STEPS,))
     assert both.changed(steps=2).config().schedule == TWO_STEPS.schedule and both.changed(steps=4) == both
     with pytest.raises(ValueError, match="distilled to 2 or 4 fixed steps"):
         both.changed(steps=3)

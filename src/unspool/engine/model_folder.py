@@ -121,7 +121,10 @@ def read_model_folder(folder: str | os.PathLike[str], *, verify: bool = True) ->
     folder = Path(folder)
     path = folder / MODEL_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {MODEL_FILE}; expected a model folder, as save_model_folder writes")
+        inside = f"; {folder / 'model'} does, give that" if (folder / "model" / MODEL_FILE).is_file() else ""
+        raise FileNotFoundError(
+            f"{folder} holds no {MODEL_FILE}; expected a model folder, as save_model_folder writes{inside}"
+        )
     spec = _parse(path)
     for part in spec.parts.values():
         if part.file is not None:

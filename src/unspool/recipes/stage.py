@@ -65,6 +65,7 @@ def teacher_64() -> TeacherRecipe:
     return TeacherRecipe(
         network=network_64(),
         text="runs/stage-64/text.safetensors", data="runs/stage-64/latents",
+        codec="runs/stage-64/codec.safetensors",
         short=ShortClips(legs=((3, 1000), (9, 4500))),
         method=FlowMatchingConfig(sigma=towards_noise(), weight="none", drop_text=0.1),
         train=train_config(steps=6300, batch=32, lr=1e-3, muon_lr=1.5e-3, decay=0.999, curve="wsd", compile=True),
@@ -76,6 +77,7 @@ def student_64() -> StudentRecipe:
     return StudentRecipe(
         network=network_64(),
         text="runs/stage-64/text.safetensors", data="runs/stage-64/latents",
+        codec="runs/stage-64/codec.safetensors",
         start="runs/stage-64/teacher/student.safetensors",
         short=ShortClips(legs=((9, 1500),)),
         method=_teacher_forcing(),
@@ -104,6 +106,7 @@ def teacher_128() -> TeacherRecipe:
     return TeacherRecipe(
         size_px=128, network=network_128(),
         text="runs/stage-128/text.safetensors", data="runs/stage-128/latents",
+        codec="runs/stage-128/codec.safetensors",
         short=ShortClips(legs=((3, 4000), (9, 3000))),
         method=FlowMatchingConfig(sigma=towards_noise(), weight="none", drop_text=0.1),
         train=train_config(steps=16_000, batch=64, lr=1.5e-3, decay=0.999, curve="wsd", compile=True),
@@ -115,6 +118,7 @@ def student_128() -> StudentRecipe:
     return StudentRecipe(
         size_px=128, network=network_128(),
         text="runs/stage-128/text.safetensors", data="runs/stage-128/latents",
+        codec="runs/stage-128/codec.safetensors",
         start="runs/stage-128/teacher/student.safetensors",
         method=_teacher_forcing(),
         train=train_config(steps=6000, batch=48, lr=1e-3, decay=0.999, curve="wsd", compile=True),

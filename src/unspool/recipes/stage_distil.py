@@ -16,7 +16,7 @@ from unspool.methods.samples import NoisedDataConfig, StepList
 from unspool.methods.scores import ScoreConfig, ScoreLevels
 from unspool.recipes.stage import network_64, network_128, train_config
 from unspool.recipes.stage_folder import GUIDANCE, SHIFT, SIGMA_COMMIT, SINK, WINDOW
-from unspool.recipes.stage_parts import CHUNK, CLIP, LatentRecipe, ShortClips, chunks
+from unspool.recipes.stage_parts import CHUNK, CLIP, LatentRecipe, ShortClips, chunks, need
 from unspool.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class DistilRecipe(LatentRecipe):
     kind: ClassVar[Literal["causal", "bidirectional"]] = "causal"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.learn_text:
             raise ValueError("learn_text=true: distillation uses the text encoder as it is; leave it false")
 
@@ -115,6 +116,7 @@ class OdeRecipe(DistilRecipe):
         """Sample the paths where they are not there."""
         if not self.teacher:
             return self
+        need("data", self.data, self.size_px)
         from unspool.recipes.stage_paths import PathsConfig, write_stage_paths
 
         folder = out / "paths"
@@ -141,12 +143,11 @@ class OdeRecipe(DistilRecipe):
 @dataclass(frozen=True, kw_only=True)
 class DmdRecipe(DistilRecipe):
     """Distribution matching: `teacher` gives the score of the data, and the critic's first weights too unless `critic`
-    names those of the leg before; `codec` opens the windows of long rollouts (`method.sample.longest`)."""
+    names those of the leg before; `codec` also opens the windows of long rollouts (`method.sample.longest`)."""
 
     method: DmdConfig
     teacher: str
     critic: str = ""
-    codec: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,8 +155,12 @@ class DmdRecipe(DistilRecipe):
             raise ValueError(_other_steps(self.steps, self.method.sample.steps))
 
     @property
-    def sigma_commit(self) -> float:
-        return self.method.sample.sigma_commit if isinstance(self.method.sample, OnPolicyConfig) else 0.0
+    def is_long(self) -> bool:
+        """Whether the codec takes part in training."""
+        return isinstance(self.method.sample, OnPolicyConfig) and self.method.sample.is_long
+
+    def may_differ(self) -> tuple[str, ...]:
+        return tuple(name for name in self.harmless if name != "codec" or not self.is_long)
 
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.dmd import DistributionMatching
@@ -163,9 +168,10 @@ class DmdRecipe(DistilRecipe):
         files = (self.start, self.teacher, self.critic or self.teacher)
         (student, teacher, critic), text = self.parts(device, *files)
         codec = None
-        if self.codec:
+        if self.is_long and self.codec:
             from unspool.models.taehv import Taehv
 
+            need("codec", self.codec, self.size_px)
             codec = Taehv.from_single_file(self.codec).to(device).eval().requires_grad_(False)
         return DistributionMatching(
             self.method, backbone=student, teacher=teacher, critic=critic, text=text, codec=codec
@@ -281,7 +287,8 @@ def _files(size_px: int) -> dict[str, Any]:
     """What all distillations of a size share."""
     sizes = {64: network_64, 128: network_128}[size_px]()
     home = f"runs/stage-{size_px}"
-    return {"size_px": size_px, "network": sizes, "text": f"{home}/text.safetensors", "data": f"{home}/latents"}
+    return {"size_px": size_px, "network": sizes, "text": f"{home}/text.safetensors", "data": f"{home}/latents",
+            "codec": f"{home}/codec.safetensors"}  # fmt: skip
 
 
 def _consistency(size_px: int, train: TrainConfig) -> ConsistencyRecipe:
@@ -319,7 +326,6 @@ def _long(size_px: int, before: DmdRecipe, *, steps: int) -> DmdRecipe:
         before, train=train, method=replace(before.method, sample=sample),
         short=ShortClips(), changes=True,  # whole clips, for their prompts
         start=_weights(size_px, "distil"), critic=f"{home}/distil/critic.safetensors",
-        codec=f"{home}/codec.safetensors",
     )  # fmt: skip
 
 

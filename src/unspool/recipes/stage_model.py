@@ -172,8 +172,7 @@ class StageModel:
         recipe: Any = self._recipe(part)
         write_folder(
             folder, kind=kind, size_px=self.config.size_px, network=recipe.network, weights=self._weights(part, ""),
-            codec=self.home / "codec.safetensors", text=self.home / "text.safetensors", few=recipe.few,
-            fewer=getattr(recipe, "fewer", ()), sigma_commit=recipe.sigma_commit,
+            codec=self.home / "codec.safetensors", text=self.home / "text.safetensors", rollout=recipe.rollout(),
             provenance=self._provenance(part), card=card_of(kind, self.config.size_px, self._provenance(part)),
         )  # fmt: skip
         self.tell(f"models: {folder}")
@@ -193,13 +192,13 @@ class StageModel:
         made: Any = locate(self._name(part), RECIPES)()
         if part not in ("codec", "text"):
             codec = str(self.home / "codec.safetensors")
-            made = replace(made, text=str(self.home / "text.safetensors"), data=str(self.home / "latents"),
+            made = replace(made, text=str(self.home / "text.safetensors"), data=str(self.home / "latents"), codec=codec,
                            watch=replace(made.watch, codec=codec))  # fmt: skip
         begins = {"student": "teacher", "few": "student", "distil": "few", "long": "distil"}.get(part)
         if begins is not None:
             made = replace(made, start=self._trained(begins))
         if part == "long":
-            made = replace(made, codec=codec, critic=str(self.home / "distil" / "critic.safetensors"))
+            made = replace(made, critic=str(self.home / "distil" / "critic.safetensors"))
         if part in ("distil", "long"):
             made = replace(made, teacher=self._trained("teacher" if made.method.teacher.reads == "all" else "student"))
         own = [o.partition(".")[2] for o in self.config.overrides if o.partition(".")[0] == part]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from unspool.causal.chunks import ChunkPlan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from unspool.data.batch import Source
+    from unspool.engine.settings import RolloutSettings
     from unspool.methods.base import Method
     from unspool.methods.samples import StepList
     from unspool.models.caption import CaptionEncoder
@@ -97,7 +99,7 @@ class LatentRecipe(Recipe):
     steps: shapes 1.00 before, .40 after); `data` a folder of latents, of which `changes` keeps the clips whose prompt
     changes; `start` weights of the student to begin with: as all weights of recipes a training's export, a model folder
     or the transformer's file in one; `mixed_codecs`: weights and data may come from codecs of different files, which
-    share an encoder.
+    share an encoder; `codec` file that goes into the model folder which the run leaves ("": it leaves none).
     """
 
     network: WanConfig
@@ -110,43 +112,57 @@ class LatentRecipe(Recipe):
     in_memory: bool = True
     size_px: int = 64
     mixed_codecs: bool = False
+    codec: str = ""
     watch: WatchConfig = field(default_factory=WatchConfig)
 
     kind: ClassVar[Literal["causal", "bidirectional"]] = "bidirectional"
-    harmless: ClassVar[tuple[str, ...]] = ("watch", "mixed_codecs")
+    harmless: ClassVar[tuple[str, ...]] = ("watch", "mixed_codecs", "codec")
+
+    def __post_init__(self) -> None:
+        if self.codec or self.watch.codec:
+            self.rollout()  # raises now for what model.json could not say at the end
 
     @property
     def few(self) -> StepList | None:
         """The steps of a distilled student, None for a many-step network."""
         return None
 
-    @property
-    def sigma_commit(self) -> float:
-        """Level that the network is told in the commit pass of its streams."""
-        return 0.0
+    def rollout(self) -> RolloutSettings:
+        """How the trained network is run, watched and as a model folder. Raises ValueError for a method that
+        `model.json` cannot state."""
+        from unspool.recipes.stage_folder import trained_rollout
+
+        method, fewer = getattr(self, "method", None), getattr(self, "fewer", ())
+        return trained_rollout(self.kind, method, few=self.few, fewer=fewer)
 
     def callbacks(self) -> Sequence[Callback]:
-        """Samples and their scores, where `watch.codec` names the codec that decodes them."""
-        if not self.watch.codec:
-            return ()
-        from unspool.recipes.stage_watch import Watch
-        from unspool.train.callbacks import Every
+        """Samples and their scores, where `watch.codec` names the codec that decodes them; the model folder."""
+        made: list[Callback] = []
+        if self.watch.codec:
+            from unspool.recipes.stage_watch import Watch
+            from unspool.train.callbacks import Every
 
-        watch = Watch(self.watch, kind=self.kind, size_px=self.size_px, few=self.few, sigma_commit=self.sigma_commit)
-        return (Every(self.watch.every, watch),)
+            watch = Watch(self.watch, kind=self.kind, size_px=self.size_px, rollout=self.rollout())
+            made.append(Every(self.watch.every, watch))
+        if self.codec:
+            from unspool.recipes.stage_folder import StageFolder
+
+            made.append(StageFolder())
+        return made
 
     def check_codecs(self, *weights: str) -> None:
         """Raise ValueError for weights and data of different codecs, unless `mixed_codecs`."""
         from unspool.recipes.first_weights import check_codecs
 
         if not self.mixed_codecs:
-            check_codecs(self.data, *weights, codec=getattr(self, "codec", ""))
+            check_codecs(self.data, *weights, codec=self.codec)
 
     def student_parts(self, device: torch.device) -> tuple[WanTransformer, CaptionEncoder]:
         """The network and its text encoder on `device`."""
         from unspool.models.caption import CaptionEncoder
         from unspool.models.wan.network import WanTransformer
 
+        need("text", self.text, self.size_px)
         text = CaptionEncoder.from_single_file(self.text)
         if text.text_len != self.network.text_len or text.config.out_dim != self.network.text_dim:
             raise ValueError(
@@ -156,6 +172,7 @@ class LatentRecipe(Recipe):
         return WanTransformer(self.network).to(device), text.requires_grad_(self.learn_text).to(device)
 
     def build_source(self) -> Source:
+        need("data", self.data, self.size_px)
         return latent_clips(self.data, self.short, changes=self.changes, in_memory=self.in_memory)
 
 
@@ -189,6 +206,18 @@ class StudentRecipe(LatentRecipe):
         self.check_codecs(self.start)
         network, text = self.student_parts(device)
         return begin_from(TeacherForcing(self.method, backbone=network, text=text), self.start)
+
+
+def made_first(size_px: int) -> str:
+    """What makes the files that every training on encoded clips needs, for errors."""
+    parts = " --parts weights/stage-64-many-step --clips 1000" if size_px == 64 else ""
+    return f"`unspool stage-model --size {size_px} --until latents{parts}` makes codec, text encoder and latents"
+
+
+def need(name: str, path: str, size_px: int) -> None:
+    """Raise FileNotFoundError, with the command that makes it, for a file or folder of the stage that is not there."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{name}={path} is not there; {made_first(size_px)}, or give another {name}=")
 
 
 def latent_clips(
@@ -236,5 +265,7 @@ __all__ = [
     "caption_config",
     "chunks",
     "latent_clips",
+    "made_first",
+    "need",
     "towards_noise",
 ]

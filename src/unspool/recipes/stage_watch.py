@@ -16,7 +16,7 @@ from unspool.recipes.stage_folder import describe_model
 from unspool.recipes.stage_watch_config import WatchConfig
 
 if TYPE_CHECKING:
-    from unspool.methods.samples import StepList
+    from unspool.engine.settings import RolloutSettings
     from unspool.train.loop import Trainer
 
 WATCHED = ("adherence", "strict", "colour", "shape", "motion", "size", "sky", "presence", "extra", "permanence", "psnr")
@@ -31,17 +31,14 @@ class Watch:
         *,
         kind: Literal["causal", "bidirectional"],
         size_px: int,
-        few: StepList | None = None,
-        sigma_commit: float = 0.0,
+        rollout: RolloutSettings,
     ) -> None:
         from unspool.models.taehv import Taehv
 
         if config.clips < 2 or config.clips % 2:
             raise ValueError(f"watch.clips={config.clips}: expected an even number of at least 2")
-        self.config, self.few = config, few
-        self.spec = describe_model(
-            kind=kind, size_px=size_px, transformer=Part(kind="wan"), few=few, sigma_commit=sigma_commit
-        )
+        self.config, self.has_fixed_steps = config, rollout.shift is None
+        self.spec = describe_model(kind=kind, size_px=size_px, transformer=Part(kind="wan"), rollout=rollout)
         self.codec = Taehv.from_single_file(config.codec)
         self.scenes = watched_scenes(config.clips)
 
@@ -56,8 +53,8 @@ class Watch:
             videos = pipeline.generate_many(
                 prompts,
                 frames=self.config.frames,
-                steps=None if self.few else self.config.steps,
-                guidance=None if self.few else self.config.guidance,
+                steps=None if self.has_fixed_steps else self.config.steps,
+                guidance=None if self.has_fixed_steps else self.config.guidance,
                 seed=1,
             )
         frames = [video.frames for video in videos]

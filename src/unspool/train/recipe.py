@@ -37,6 +37,10 @@ class Recipe:
 
     harmless: ClassVar[tuple[str, ...]] = ()
 
+    def may_differ(self) -> tuple[str, ...]:
+        """`harmless`, where that depends on the configuration."""
+        return self.harmless
+
     def prepare(self, out: Path) -> Recipe:
         """What must be there before anything is built (a codec fitted to the data, clips encoded with it), made once
         and kept in the run's folder `out`; returns the recipe that names it. Called by every leg, not by a dry run."""

@@ -162,12 +162,12 @@ def prepare(network: nn.Module, train: TrainConfig, world: World, *, offload: bo
 def require_same(recipe: Recipe, saved: Saved) -> None:
     """Raise ValueError naming the first fields in which the configuration of a checkpoint differs from the recipe.
 
-    `recipe.harmless` keys, and all keys below them, may differ. A field that there was not yet had its default.
+    `recipe.may_differ()` keys, and all keys below them, may differ. A field that there was not yet had its default.
     """
     from unspool.train.recipe import flat, with_defaults
 
     ours, theirs = flat(recipe), flat(with_defaults(recipe, saved.state["config"]))
-    allowed = tuple(f"train.{name}" for name in LOOP_FIELDS) + recipe.harmless
+    allowed = tuple(f"train.{name}" for name in LOOP_FIELDS) + recipe.may_differ()
     differing = [
         key
         for key in dict.fromkeys([*ours, *theirs])
