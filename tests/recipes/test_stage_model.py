@@ -68,6 +68,21 @@ def test_codec_and_text_encoder_may_be_those_of_a_model(tmp_path: Path) -> None:
     assert build(tmp_path, until="text")[1] == ["codec: already made", "text: already made"]
 
 
+def test_a_part_whose_file_was_deleted_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in TAKEN:
+        (tmp_path / "model" / name).write_bytes(b"weights")
+    build(tmp_path, until="text", parts=tmp_path / "model")
+    (tmp_path / "stage-64" / "codec.safetensors").unlink()
+    told = build(tmp_path, until="text", parts=tmp_path / "model")[1]
+    assert told[0] == "codec: begins" and told[-1] == "text: already made"
+    assert (tmp_path / "stage-64" / "codec.safetensors").is_file()
+    notes = tmp_path / "stage-64" / "parts.json"
+    notes.write_text(json.dumps({part: {"made": True, "minutes": 1.0} for part in PARTS}))
+    chain = StageModel(StageModelConfig(out=tmp_path))
+    assert [part for part in PARTS if chain._is_made(part)] == ["codec", "text"]
+
+
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:
     for wrong, match in (
         ({"size_px": 96}, "64 or 128"), ({"until": "all"}, "codec, text"), ({"clips": 3}, "at least 64"),

@@ -1,7 +1,8 @@
 """The stage model from nothing: codec, text, latents, teacher, student, its distillation, model folders, in turn.
 
-Every part ends in a file and is skipped where that file is there; a part that was stopped is continued. So the whole
-may be run in legs of any length, and one part again by deleting what it made.
+Every part ends in a file or a folder of clips. It is skipped where `parts.json` says that it was made and that file is
+there; a part that was stopped is continued. So the whole may be run in legs of any length, and one part again by
+deleting what it made.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from shutil import copyfile
 from typing import TYPE_CHECKING, Any, Literal
 
 from unspool.config import apply_overrides, locate
+from unspool.data.shard_format import HEADER
 from unspool.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -233,7 +235,13 @@ class StageModel:
     def _is_made(self, part: str) -> bool:
         if part == "models":
             return False
-        return self._notes().get(part, {"made": False}).get("made", True)
+        return self._notes().get(part, {"made": False}).get("made", True) and self._made_by(part).is_file()
+
+    def _made_by(self, part: str) -> Path:
+        """The file with which a part ends."""
+        if part in ("codec", "text"):
+            return self.home / f"{part}.safetensors"
+        return self.home / part / HEADER if part == "latents" else Path(self._trained(part))
 
     def _notes(self) -> dict[str, Any]:
         path = self.home / "parts.json"
