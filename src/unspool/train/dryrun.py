@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from unspool.data.batch import Batch
+from unspool.data.batch import Batch, Source
 from unspool.methods.base import Method
 from unspool.train.config import TrainConfig
 from unspool.train.feed import Feed, to_device
@@ -26,6 +26,8 @@ from unspool.train.rng import seed_step, step_rng
 from unspool.train.state import prepare
 
 FP32 = 4
+Kind = tuple[tuple[str, ...], int]
+"""What a step costs depends on: the roles that act, and the leg of a curriculum."""
 MEMORY_SHARE = 0.8
 """A step is measured only where weights, gradients, optimizer and averages fill at most this share of the memory."""
 
@@ -49,16 +51,43 @@ class RoleCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """Of one kind of step: the roles that act, the leg of a curriculum, the share of all steps; mean seconds, FLOPs of
+    all micro-batches and roles, seconds of a batch from the source."""
+
+    roles: tuple[str, ...]
+    leg: int
+    share: float
+    step_s: float
+    flops: int
+    data_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One real step on `device`: FLOPs of all its micro-batches and roles, bytes that the backward needs of one
-    micro-batch, peak bytes of the device (CUDA only), seconds of a step and of a batch from the source."""
+    """Real steps of each kind on `device`: bytes that the backward needs of one micro-batch, peak bytes of the device
+    (CUDA only), and as means over the training FLOPs, seconds of a step and of a batch from the source."""
 
     device: str
-    flops: int
+    kinds: tuple[StepCost, ...]
     activation_bytes: int
     peak_bytes: int | None
-    step_s: float
-    data_s: float
+
+    @property
+    def flops(self) -> int:
+        return round(sum(kind.share * kind.flops for kind in self.kinds))
+
+    @property
+    def step_s(self) -> float:
+        return sum(kind.share * kind.step_s for kind in self.kinds)
+
+    @property
+    def data_s(self) -> float:
+        return sum(kind.share * kind.data_s for kind in self.kinds)
+
+    def slowest_s(self, workers: int) -> float:
+        """Seconds of a step where batches are prepared meanwhile by `workers`: of each kind the slower counts."""
+        return sum(kind.share * max(kind.step_s, kind.data_s / workers) for kind in self.kinds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +105,8 @@ class Estimate:
         """Seconds of the whole training; batches are prepared meanwhile, the slower of the two counts."""
         if self.measured is None:
             return None
-        workers = self.named.recipe.train.workers
-        return self.named.recipe.train.steps * max(self.measured.step_s, self.measured.data_s / workers)
+        train = self.named.recipe.train
+        return train.steps * self.measured.slowest_s(train.workers)
 
     def text(self) -> str:
         """For people, several lines."""
@@ -111,13 +140,16 @@ class Estimate:
             lines.append(f"peak        {size(m.peak_bytes)} on {m.device} (measured)")
         lines.append(f"FLOPs       {m.flops / 1e9:,.2f} G a step (matrix products, convolutions, attention; counted)")
         lines.append(f"a step      {m.step_s:.3f} s on {m.device} (measured), {rate:,.1f} GFLOP/s")
+        for kind in m.kinds if len(m.kinds) > 1 else ():
+            leg = f", leg {kind.leg + 1}" if max(k.leg for k in m.kinds) else ""
+            lines.append(f"  {kind.share:<9.1%} {kind.step_s:.3f} s: {' and '.join(kind.roles)}{leg}")
         lines.append(f"a batch     {m.data_s:.3f} s from the source (measured)")
         assert self.total_s is not None
         lines.append(f"to the end  {duration(self.total_s)} for {self.named.recipe.train.steps} steps")
         return lines
 
 
-def estimate(named: Named, *, timed_steps: int = 2) -> Estimate:
+def estimate(named: Named, *, timed_steps: int = 3) -> Estimate:
     """Count a recipe's parameters without memory for them, then build it and measure, where it fits.
 
     Raises ValueError for a recipe that cannot be built, as the training would.
@@ -184,19 +216,19 @@ def _count(parameters: Any) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
+def step_kinds(method: Method, source: Source, steps: int) -> dict[Kind, list[int]]:
+    """The steps of a training by what they cost: the roles that act, and the leg of a curriculum they fall into."""
+    leg_at = getattr(source, "leg_at", lambda step: (0, step))
+    kinds: dict[Kind, list[int]] = {}
+    for step in range(steps):
+        kinds.setdefault((method.roles(step), leg_at(step)[0]), []).append(step)
+    return kinds
+
+
 def _measure(named: Named, method: Method, device: torch.device, timed_steps: int) -> Measured:
-    """One counted step and then timed ones; weights change and are thrown away."""
-    train, world = named.recipe.train, World(rank=0, size=1, device=device)
-    feed = Feed(
-        named.recipe.build_source(), world, size=train.batch, accumulate=train.accumulate, stop=1 + timed_steps, ahead=1
-    )
-    try:
-        began = time.perf_counter()
-        batches = feed.next()
-        data_s = time.perf_counter() - began
-        prepared = [batches] + [feed.next() for _ in range(timed_steps)]
-    finally:
-        feed.close()
+    """Of each kind of step one counted and some timed ones; weights change and are thrown away."""
+    train, source = named.recipe.train, named.recipe.build_source()
+    kinds = step_kinds(method, source, train.steps)
     optimizers = {}
     for role, network in method.networks.items():
         network.train()
@@ -205,27 +237,53 @@ def _measure(named: Named, method: Method, device: torch.device, timed_steps: in
         network.requires_grad_(False).eval().to(device)
         if frozen and train.frozen_dtype == "bf16":
             network.to(torch.bfloat16)
-    kept = _Kept(method)
-    counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
-    with counter, kept.hooks:
-        _step(train, method, optimizers, prepared[0], 0, device, feed, kept)
+    world = World(rank=0, size=1, device=device)
+    kept, flops, data_s = _Kept(method), {}, {}
+    for kind, steps in kinds.items():
+        began = time.perf_counter()
+        batches, feed = _batches(source, train, world, steps[0])
+        data_s[kind] = time.perf_counter() - began
+        counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+        with counter, kept.hooks:
+            _step(train, method, optimizers, batches, steps[0], device, feed, kept)
+        flops[kind] = counter.get_total_flops()
     for network in (*method.networks.values(), *(network for _, network, _ in helpers(method))):
         prepare(network, train, world)
-    if train.compile and timed_steps:
-        _step(train, method, optimizers, prepared[0], 0, device, feed, None)  # compiles
-    times = []
-    for step in range(1, 1 + timed_steps):
-        began = time.perf_counter()
-        _step(train, method, optimizers, prepared[step], step, device, feed, None)
-        times.append(time.perf_counter() - began)
+    costs = []
+    for kind, steps in kinds.items():
+        times = []
+        # the first one compiles; rollouts draw their length at each step, so the mean is what a training takes
+        for number, step in enumerate(_picked(steps, timed_steps + train.compile) if timed_steps else ()):
+            batches, feed = _batches(source, train, world, step)
+            began = time.perf_counter()
+            _step(train, method, optimizers, batches, step, device, feed, None)
+            if number or not train.compile:
+                times.append(time.perf_counter() - began)
+        step_s = sum(times) / len(times) if times else float("nan")
+        costs.append(StepCost(
+            roles=kind[0], leg=kind[1], share=len(steps) / train.steps, step_s=step_s, flops=flops[kind],
+            data_s=data_s[kind],
+        ))  # fmt: skip
     return Measured(
         device=str(device),
-        flops=counter.get_total_flops(),
+        kinds=tuple(costs),
         activation_bytes=kept.most,
         peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        step_s=min(times, default=float("nan")),
-        data_s=data_s,
     )
+
+
+def _picked(steps: Sequence[int], count: int) -> list[int]:
+    """`count` of the steps, spread over them; the same ones again where there are fewer."""
+    return [steps[k * len(steps) // count] for k in range(count)]
+
+
+def _batches(source: Source, train: TrainConfig, world: World, step: int) -> tuple[Sequence[Batch], Feed]:
+    """The micro-batches of one step, and the feed that tells their samples."""
+    feed = Feed(source, world, size=train.batch, accumulate=train.accumulate, start=step, stop=step + 1, ahead=1)
+    try:
+        return feed.next(), feed
+    finally:
+        feed.close()
 
 
 def _step(
