@@ -20,7 +20,7 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<source>.*?)^(?P=in
 NO_RUN = {"README.md": 0, "docs/extending.md": 0, "docs/ideas.md": 0, "docs/rollout.md": 1}
 """Guide -> blocks that it may leave unrun (they need downloaded weights); raise a number only with a reason."""
 
-ASSERTED = {"docs/extending.md": 40, "docs/ideas.md": 5, "docs/rollout.md": 15}
+ASSERTED = {"docs/extending.md": 40, "docs/ideas.md": 6, "docs/rollout.md": 15}
 """Guide -> least number of `assert` statements: a guide without them would prove nothing."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from unspool.causal.visibility import Window
 from unspool.config import apply_overrides, locate
 from unspool.data.shard_format import ShardHeader
 from unspool.data.shard_writer import ShardWriter
@@ -148,3 +149,18 @@ def test_what_model_json_cannot_state_is_refused_before_training(
     with pytest.raises(ValueError, match=match):
         made("student", home, *overrides)
     assert apply_overrides(replace(made("student", home), codec=""), overrides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Near(Window):
+    """A policy that no name of the package stands for."""
+
+    window: int = 6
+
+
+def test_a_visibility_of_ones_own_is_stated_by_its_class(home: Path, tmp_path: Path) -> None:
+    recipe = made("self-forcing", home, "fewer=[]")
+    sample = replace(recipe.method.sample, visibility=Near(window=9))
+    own = replace(recipe, method=replace(recipe.method, sample=sample)).rollout()
+    assert own.visibility == f"{__name__}:Near" and own.visibility_options["window"] == 9
+    assert own.config().visibility == Near(window=9)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unspool.causal.position import Absolute, Cyclic, ReanchoredSink, WindowRelative
-from unspool.causal.visibility import Full
+from unspool.causal.visibility import Full, Window
 from unspool.config import to_dict
 from unspool.diffusion.schedule import uniform
 from unspool.engine.model_folder import ModelSpec, Part, save_model_folder
@@ -136,8 +136,8 @@ def trained_rollout(
     config (of its `sample` where samples are rollouts).
 
     A network that read all of its clips (`Full`) at absolute positions streams with the window of a clip, the usual
-    sink, and positions in that window, so that it stays within what it has seen; a `Window`, and other positions, are
-    taken at their word. Raises ValueError for what `model.json` cannot state.
+    sink, and positions in that window, so that it stays within what it has seen; a `Window` or a visibility of one's
+    own, and other positions, are taken at their word. Raises ValueError for what `model.json` cannot state.
     """
     settings = usual_rollout(kind, few=few, fewer=fewer)
     if kind == "bidirectional":
@@ -151,8 +151,11 @@ def trained_rollout(
         sigma_commit=getattr(past, "sigma_commit", 0.0),
     )  # fmt: skip
     is_usual = isinstance(sees, Full) and positions == Absolute()
-    if not isinstance(sees, Full):
+    if type(sees) is Window:
         settings = replace(settings, window=sees.window, sink=sees.sink, commit_within=sees.commit_within)
+    elif not isinstance(sees, Full):  # one of a user's own
+        named = f"{type(sees).__module__}:{type(sees).__qualname__}"
+        settings = replace(settings, visibility=named, visibility_options=to_dict(sees))
     if not is_usual:
         settings = replace(settings, positions=POSITIONS[type(positions)], position_options=_options(positions))
     stated = settings.config()
