@@ -110,7 +110,7 @@ class Ablation:
 
     def trained(self, name: str, part: str, recipe: Any) -> Path:
         """Weights of a training, run where it is not finished."""
-        return self.trainings.run(name, part, replace(recipe, text=str(self.text))) / "student.safetensors"
+        return self.trainings.run(name, part, replace(recipe, text=str(self.text), codec="")) / "student.safetensors"
 
     def small(self) -> WanConfig:
         return network(dim=128, layers=6, heads=2)
