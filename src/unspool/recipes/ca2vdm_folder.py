@@ -15,9 +15,9 @@ from unspool.engine.model_folder import ModelSpec, Part, save_model_folder
 from unspool.engine.settings import RolloutSettings
 from unspool.geometry import Geometry
 from unspool.methods.clean_prefix import CleanPrefixConfig
-from unspool.models.stdit.network import STDiT
 from unspool.recipes.stage_folder import machine
 from unspool.train.callbacks import Callback
+from unspool.train.export import read_weights, rebuilt
 
 if TYPE_CHECKING:
     from unspool.train.loop import Trainer
@@ -109,18 +109,17 @@ class PrefixModel(Callback):
         self.spec, self.codec = spec, codec
 
     def on_end(self, trainer: Trainer) -> None:
-        with trainer.evaluating():
-            if not trainer.world.is_main:
-                return
-            student: Any = trainer.method.networks["student"]
-            network = STDiT(student.backbone.config)
-            network.load_state_dict(student.backbone.state_dict())
-            spec, folder = replace(self.spec(), provenance=self._provenance(trainer)), trainer.out / "model"
-            save_model_folder(
-                folder, spec, transformer=network.to(torch.bfloat16), codec=self.codec(), text=student.text,
-                card=card_of(spec),
-            )  # fmt: skip
-            print(f"model       {folder} (unspool generate --model {folder} {spec.examples[0]!r})")
+        if not trainer.world.is_main:
+            return
+        student: Any = trainer.method.networks["student"]
+        weights = read_weights(trainer.out)
+        network = rebuilt(student.backbone, weights, "backbone.").to(torch.bfloat16)
+        spec, folder = replace(self.spec(), provenance=self._provenance(trainer)), trainer.out / "model"
+        save_model_folder(
+            folder, spec, transformer=network, codec=self.codec(), text=rebuilt(student.text, weights, "text."),
+            card=card_of(spec),
+        )  # fmt: skip
+        print(f"model       {folder} (unspool generate --model {folder} {spec.examples[0]!r})")
 
     def _provenance(self, trainer: Trainer) -> dict[str, Any]:
         return {

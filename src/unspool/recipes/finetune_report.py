@@ -24,6 +24,7 @@ from unspool.recipes.finetune_report_config import FinetuneReportConfig
 from unspool.rollout.noise import CounterNoise
 from unspool.rollout.rollout import Rollout
 from unspool.train.callbacks import Callback
+from unspool.train.export import read_weights, rebuilt
 
 if TYPE_CHECKING:
     from unspool.recipes.finetune_video import FinetuneVideoRecipe
@@ -38,10 +39,10 @@ class FinetuneReport(Callback):
     def __init__(self, config: FinetuneReportConfig) -> None:
         self.config = config
 
+    @torch.no_grad()
     def on_end(self, trainer: Trainer) -> None:
-        with trainer.evaluating():
-            if trainer.world.is_main:
-                self._report(trainer)
+        if trainer.world.is_main:
+            self._report(trainer)
 
     def _report(self, trainer: Trainer) -> None:
         recipe: Any = trainer.recipe
@@ -50,10 +51,11 @@ class FinetuneReport(Callback):
         videos = captioned_videos(recipe.data)
         spec = _describe(recipe, sorted({caption for caption, _ in videos}))
         model = trainer.out / "model"
-        save_model_folder(model, spec, transformer=student.backbone, codec=codec, text=student.text)
-        pipeline = Pipeline(
-            spec, transformer=student.backbone, codec=codec.to(trainer.device), text=student.text, source=str(model)
-        )
+        weights = read_weights(trainer.out)
+        network, text = (rebuilt(getattr(student, n), weights, f"{n}.") for n in ("backbone", "text"))
+        save_model_folder(model, spec, transformer=network, codec=codec, text=text)
+        parts = {"transformer": network, "codec": codec, "text": text}
+        pipeline = Pipeline(spec, **{n: part.to(trainer.device) for n, part in parts.items()}, source=str(model))
         with trainer.autocast():
             found = self._samples(pipeline, videos, recipe, trainer.out) | self._tails(pipeline, recipe, trainer.out)
         replace_text(trainer.out / "report.json", json.dumps(found, indent=1) + "\n")

@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from unspool.data.shard_format import HEADER, read_header
 from unspool.train.checkpoint import Saved, check_files, fill, find, stored
@@ -23,6 +23,7 @@ Which = Literal["ema", "raw"]
 CODEC = "codec_sha256"
 """In checkpoints and in the header of exported weights: which codec's latents they were trained on."""
 _ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def read_weights(
@@ -68,6 +69,20 @@ def export_weights(
     if codec := saved.state.get(CODEC):
         header[CODEC] = codec
     return save_file(chosen, out, metadata={**header, **(metadata or {})})
+
+
+def rebuilt(module: Module, tensors: Mapping[str, Tensor], prefix: str = "") -> Module:
+    """A new module of the class and `config` of `module`, on the CPU and in eval mode, with those of `tensors` whose
+    names begin with `prefix`.
+
+    The modules of a sharded training can be called while they are gathered, but their tensors are DTensors all the
+    same, which neither files nor other modules take: what a run writes is built from `read_weights`. Raises
+    RuntimeError where names or shapes differ.
+    """
+    own: Any = module
+    made: Module = type(own)(own.config)
+    made.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    return made.eval()
 
 
 def check_codec(data: str, *files: str, codec: str = "", stated: Mapping[str, str | None] | None = None) -> None:
