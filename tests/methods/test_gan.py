@@ -93,7 +93,7 @@ def test_each_role_reaches_its_own_network_and_regularisation_asks_again() -> No
     assert isinstance(made, Method)
     made.step(data(8, 0), "critic", 0, torch.Generator().manual_seed(0)).loss.backward()
     assert all(p.grad is None for p in made.student.parameters())
-    assert all(p.grad is not None for p in [made.discriminator.registers, *made.discriminator.judge.parameters()])
+    assert all(p.grad is not None for p in made.discriminator.heads.parameters())
     network: Any = made.discriminator.backbone
     assert network.asked == 4, "data, samples, and each of them beside itself"
     result = made.step(data(8, 0), "student", 0, torch.Generator().manual_seed(0))

@@ -11,6 +11,7 @@ from processes import ranks, stored_tensors
 from toy_distillation import DistilRecipe, network, recipe, tensors, train
 
 from unspool.methods.dmd import DistributionMatching
+from unspool.train.checkpoint import find
 from unspool.train.loop import Trainer
 from unspool.train.rng import step_rng
 
@@ -101,3 +102,13 @@ def test_a_rollout_learns_under_autocast(tmp_path: Path) -> None:
     trainer = train(tmp_path, "kind=self_forcing", "train.dtype=bf16", "train.steps=3")
     assert trainer.state.skipped == 0 and isinstance(trainer.method, DistributionMatching)
     assert isinstance(trainer.recipe, DistilRecipe)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["gan", "self_forcing"])
+def test_two_ranks_learn_in_bf16(kind: str, tmp_path: Path) -> None:
+    """Weights are gathered in bf16; what switches autocast off, a discriminator's heads, in fp32."""
+    overrides = (f"kind={kind}", "train.dtype=bf16", "train.steps=2")
+    assert ranks(2, tmp_path, *overrides, module="toy_distillation") == [0, 0]
+    found = find(tmp_path)
+    assert found is not None and found.step == 2 and found.state["counters"]["skipped"] == 0

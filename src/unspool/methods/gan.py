@@ -6,10 +6,10 @@ GAN variant of Self-Forcing; arXiv:2501.05441 for the relativistic loss and its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,37 +64,55 @@ class GanConfig:
             )
 
 
-class Discriminator(Student):
-    """One logit per noised clip, from the features of a video network (`blocks`) at some depths.
+class Heads(nn.Module):
+    """Logits [b] from the features [b, tokens, width] of some depths: per depth a learned register attends to all of
+    them, and what the registers read decides through two layers. In at least fp32, as penalties compare logits that
+    hardly differ."""
 
-    Per depth a learned register attends to the features of all tokens; what they read decides through two layers.
-    """
+    fsdp_fp32: ClassVar[bool] = True
+
+    def __init__(self, depths: int, width: int, attention_heads: int) -> None:
+        super().__init__()
+        self.registers = nn.Parameter(torch.randn(depths, width) / width**0.5)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depths))
+        self.readers = nn.ModuleList(
+            nn.MultiheadAttention(width, attention_heads, batch_first=True) for _ in range(depths)
+        )
+        self.judge = nn.Sequential(
+            nn.LayerNorm(depths * width), nn.Linear(depths * width, width), nn.SiLU(), nn.Linear(width, 1)
+        )
+
+    def forward(self, found: Sequence[Tensor]) -> Tensor:
+        wide = torch.promote_types(found[0].dtype, torch.float32)
+        read = []
+        with torch.autocast(found[0].device.type, enabled=False):
+            for k, features in enumerate(found):
+                keys = self.norms[k](features.to(wide))
+                query = self.registers[k].to(wide).repeat(len(keys), 1, 1)
+                read.append(self.readers[k](query, keys, keys, need_weights=False)[0][:, 0])
+            logits: Tensor = self.judge(torch.cat(read, dim=1))[:, 0]
+        return logits
+
+
+class Discriminator(Student):
+    """One logit per noised clip, from the features of a video network (`blocks`) at some depths; its `heads` are new."""
 
     def __init__(self, backbone: nn.Module, taps: tuple[float, ...], *, heads: int = 4) -> None:
         super().__init__(backbone)
         network: Any = backbone
-        width, blocks = int(network.config.dim), len(network.blocks)
+        blocks = len(network.blocks)
         self._places = sorted({max(1, round(tap * blocks)) - 1 for tap in taps})
-        count = len(self._places)
-        self.registers = nn.Parameter(torch.randn(count, width) / width**0.5)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(count))
-        self.readers = nn.ModuleList(nn.MultiheadAttention(width, heads, batch_first=True) for _ in range(count))
-        self.judge = nn.Sequential(
-            nn.LayerNorm(count * width), nn.Linear(count * width, width), nn.SiLU(), nn.Linear(width, 1)
-        )
+        self.heads = Heads(len(self._places), int(network.config.dim), heads)
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """What is sharded together, beside the network's own units."""
+        return [self.heads]
 
     def forward(self, x: Any, sigma: Any = None, prompts: Any = None, context: Any = None) -> Any:
         """Logits [b] of clips `x` [b, t, c, h, w] at `sigma` [b, t]."""
         with self._tapped() as found:
             super().forward(x, sigma, prompts, context)
-        wide = torch.float32 if found[0].dtype in (torch.bfloat16, torch.float16) else found[0].dtype
-        read = []
-        with torch.autocast(found[0].device.type, enabled=False):  # penalties compare logits that hardly differ
-            for k, features in enumerate(found):
-                keys = self.norms[k](features.to(wide))
-                query = self.registers[k].to(wide).repeat(len(keys), 1, 1)
-                read.append(self.readers[k](query, keys, keys, need_weights=False)[0][:, 0])
-            return self.judge(torch.cat(read, dim=1))[:, 0]
+        return self.heads(found)
 
     @contextmanager
     def _tapped(self) -> Iterator[list[Tensor]]:

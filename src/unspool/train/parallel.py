@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -117,19 +117,21 @@ def shard_network(network: nn.Module, world: World, *, dtype: torch.dtype | None
 
     A module states its units in `fsdp_units()`: modules, or lists of modules that are gathered together, each used
     through its own forward. Weights stay in fp32, are gathered in `dtype` (None: fp32), and gradients are reduced in
-    fp32. Without units the whole network is one. `offload` keeps the shards in the host's memory (on GPUs). Does
-    nothing in one process.
+    fp32. A unit with `fsdp_fp32 = True` is gathered in fp32: one that switches autocast off. Without units the whole
+    network is one. `offload` keeps the shards in the host's memory (on GPUs). Does nothing in one process.
     """
     if world.mesh is None:
         return network
     mesh = world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
     # inputs keep their dtype: noise levels and latents rounded to bf16 would be other ones
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    wide = replace(policy, param_dtype=None)
     keep = CPUOffloadPolicy() if offload and world.device.type == "cuda" else OffloadPolicy()
     for module in list(network.modules()):
         units = getattr(type(module), "fsdp_units", None)
         for unit in units(module) if units is not None else ():
-            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=keep)
+            chosen = wide if getattr(unit, "fsdp_fp32", False) else policy
+            fully_shard(unit, mesh=mesh, mp_policy=chosen, offload_policy=keep)
     fully_shard(network, mesh=mesh, mp_policy=policy, offload_policy=keep)
     return network
 
