@@ -133,6 +133,11 @@ def test_depths_are_shares_of_the_blocks_and_hooks_do_not_stay() -> None:
     assert logits.shape == (3,) and not any(block._forward_hooks for block in network.blocks)
 
 
+def test_heads_are_made_where_the_network_is() -> None:
+    made = Discriminator(Layered().to("meta"), (0.5, 1.0))
+    assert all(p.is_meta for p in made.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

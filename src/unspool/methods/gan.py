@@ -95,14 +95,16 @@ class Heads(nn.Module):
 
 
 class Discriminator(Student):
-    """One logit per noised clip, from the features of a video network (`blocks`) at some depths; its `heads` are new."""
+    """One logit per noised clip, from the features of a video network (`blocks`) at some depths; its `heads` are new,
+    on the network's device."""
 
     def __init__(self, backbone: nn.Module, taps: tuple[float, ...], *, heads: int = 4) -> None:
         super().__init__(backbone)
         network: Any = backbone
         blocks = len(network.blocks)
         self._places = sorted({max(1, round(tap * blocks)) - 1 for tap in taps})
-        self.heads = Heads(len(self._places), int(network.config.dim), heads)
+        made = Heads(len(self._places), int(network.config.dim), heads)  # drawn on the CPU: alike on every device
+        self.heads = made.to(next(backbone.parameters()).device)
 
     def fsdp_units(self) -> list[nn.Module]:
         """What is sharded together, beside the network's own units."""
