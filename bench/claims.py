@@ -158,8 +158,9 @@ def main() -> None:
         print(f"{name:32s} {found[name]['first']:12.1f} {found[name]['all']:12.1f}")
     print(f"{'CausVid (paper, one H100)':32s} {PAPER['first']:12.1f} {PAPER['all']:12.1f}")
     found |= {
-        "setting": vars(args), "compiled": bool(args.compile and compiler_works()), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(),
+        "setting": vars(args), "compiled": bool(args.compile and compiler_works(args.device)),
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "cpu": platform.processor() or platform.machine(),
         "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
     }  # fmt: skip
     print(json.dumps(found))

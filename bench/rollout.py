@@ -164,7 +164,7 @@ def main() -> None:
         json.dumps(
             {
                 "ms_per_chunk": round(chunk_ms, 2), "bare_ms": round(bare_ms, 2), "ratio": round(ratio, 3),
-                "flops": ours, "bare_flops": theirs, "compiled": bool(args.compile and compiler_works()),
+                "flops": ours, "bare_flops": theirs, "compiled": bool(args.compile and compiler_works(args.device)),
                 "setting": setting, "torch": torch.__version__, "threads": torch.get_num_threads(),
                 "cpu": platform.processor() or platform.machine(),
             }

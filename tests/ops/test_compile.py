@@ -19,6 +19,7 @@ from unspool.models.base import Conditioning
 from unspool.models.taehv import Taehv, TaehvConfig
 from unspool.models.taehv.layers import MemoryBlock
 from unspool.ops import compile as compiling
+from unspool.ops.rope import rotate
 from unspool.rollout.noise import CounterNoise
 from unspool.rollout.rollout import Rollout, RolloutConfig
 
@@ -76,7 +77,7 @@ def test_without_a_compiler_everything_runs_eagerly_after_one_notice(monkeypatch
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(log, "_told", set())  # another test may have been told already
-    compiling.compiler_works.cache_clear()
+    compiling._works.cache_clear()
     compiling.compiled.cache_clear()
     try:
         with caplog.at_level(logging.INFO, logger="unspool"):
@@ -88,7 +89,35 @@ def test_without_a_compiler_everything_runs_eagerly_after_one_notice(monkeypatch
         told = [r for r in caplog.records if "torch.compile is not usable" in r.getMessage()]
         assert len(told) == 1
     finally:
-        compiling.compiler_works.cache_clear()
+        compiling._works.cache_clear()
+        compiling.compiled.cache_clear()
+
+
+def test_the_probe_runs_on_the_device_that_is_asked_for(monkeypatch, caplog):
+    """A machine with a C++ compiler and without Triton compiles for its CPU alone."""
+    probed = []
+
+    def probe(kind):
+        probed.append(kind)
+        if kind == "cuda":
+            raise RuntimeError("Cannot find a working triton installation")
+
+    monkeypatch.setattr(compiling, "_probe", probe)
+    monkeypatch.setattr(log, "_told", set())
+    compiling._works.cache_clear()
+    compiling.compiled.cache_clear()
+    try:
+        net = random_network(torch.float32, layers=1)
+        with caplog.at_level(logging.INFO, logger="unspool"):
+            compiling.compile_backbone(net, torch.device("cuda", 1))
+        plain = vars(random_network(torch.float32, layers=1).blocks[0]).keys()
+        assert vars(net.blocks[0]).keys() == plain and probed == ["cuda"]
+        assert "triton" in caplog.text and "C++" not in caplog.text
+        assert compiling.compiled("unspool.ops.rope:rotate", "cuda") is rotate and probed == ["cuda"]
+        compiling.compile_backbone(net)
+        assert vars(net.blocks[0]).keys() != plain and probed == ["cuda", "cpu"]
+    finally:
+        compiling._works.cache_clear()
         compiling.compiled.cache_clear()
 
 
@@ -122,7 +151,7 @@ def test_many_shapes_and_modes_do_not_exhaust_the_compiler(monkeypatch):
     """dynamo counts variants per function over all networks of a process: eight are soon reached."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="eager", **options))
-    compiling.compiler_works.cache_clear()
+    compiling._works.cache_clear()
     compiling._compiled_method.cache_clear()
     try:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -137,5 +166,5 @@ def test_many_shapes_and_modes_do_not_exhaust_the_compiler(monkeypatch):
                         )
                     assert out.isfinite().all()
     finally:
-        compiling.compiler_works.cache_clear()
+        compiling._works.cache_clear()
         compiling._compiled_method.cache_clear()

@@ -133,9 +133,11 @@ def _print_torch(problems: list[str]) -> None:
 def _print_compiler(notes: list[str], *, probe: bool) -> None:
     missing = missing_for_compile()
     if probe and not missing:
+        import torch
+
         from unspool.ops.compile import compiler_works
 
-        works = compiler_works()
+        works = compiler_works("cuda" if torch.cuda.is_available() else "cpu")
         _row("torch.compile", "works (a kernel was built and run)" if works else "fails; eager code runs instead")
         return
     _row("torch.compile", "usable" if not missing else "not usable; eager code runs instead")

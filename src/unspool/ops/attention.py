@@ -72,4 +72,4 @@ def _compiled_flex():  # type: ignore[no-untyped-def]
     """FlexAttention compiled: without it the scores are materialised."""
     from unspool.ops.compile import compiled
 
-    return compiled("torch.nn.attention.flex_attention:flex_attention")
+    return compiled("torch.nn.attention.flex_attention:flex_attention", "cuda")

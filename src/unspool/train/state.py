@@ -155,7 +155,7 @@ def prepare(network: nn.Module, train: TrainConfig, world: World, *, offload: bo
         for module in offering:
             module.gradient_checkpointing = True  # type: ignore[assignment]
     if train.compile:
-        compile_backbone(network)
+        compile_backbone(network, world.device)  # sharding moves what is elsewhere
     shard_network(network, world, dtype=torch.bfloat16 if train.dtype == "bf16" else None, offload=offload)
 
 

@@ -102,7 +102,8 @@ class RingView:
         self._index: dict[int, Tensor] = {}  # tokens per frame -> token slots written
         self._gather: dict[tuple[int, int], Tensor] = {}
         self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
-        self._stage = compiled("unspool.ops.rope:rotate_and_stage") if cache.compiled else rotate_and_stage
+        stage = "unspool.ops.rope:rotate_and_stage"
+        self._stage = compiled(stage, cache.device.type) if cache.compiled else rotate_and_stage
         self._written: set[int] = set()
 
     @property
