@@ -19,8 +19,8 @@ PACKAGE = "unspool"
 
 ROOMS: list[tuple[str, ...]] = [
     ("shapes", "geometry", "config", "weights", "log"),
-    ("diffusion",),
     ("ops",),
+    ("diffusion",),
     ("causal",),
     ("models",),
     ("rollout",),
@@ -182,9 +182,9 @@ WRONG = {
         "ops imports rollout",
     ),
     "type checking": (
-        "diffusion/x.py",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from unspool.ops.rope import Rope",
-        "diffusion imports ops",
+        "ops/x.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from unspool.diffusion.flow import FlowMatching",
+        "ops imports diffusion",
     ),
     "string target": ("models/x.py", 'D = {"kv": "unspool.train.loop:Loop"}', "models imports train"),
     "importlib": ("shapes.py", 'import importlib\nimportlib.import_module("unspool.causal")', "shapes imports causal"),

@@ -88,8 +88,11 @@ class MaskSpec:
         """Boolean [tokens, tokens], True where the query (row) reads the key (column)."""
         import torch
 
+        from unspool.ops.transfer import to_device
+
         self._check_single()
-        frames = torch.tensor(self.allowed(), dtype=torch.bool, device=device)
+        frames = torch.tensor(self.allowed(), dtype=torch.bool)
+        frames = frames if device is None else to_device(frames, device)
         return frames.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
 
     def flex(self, tokens_per_frame: int, device: torch.device) -> BlockMask:

@@ -15,6 +15,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from unspool.ops.transfer import to_device
 from unspool.shapes import Latent, Prediction, Sigma
 
 
@@ -145,7 +146,7 @@ def _per_frame(sigma: Tensor, x: Tensor) -> Tensor:
             "use sigma[:, None] for one level per sample"
         )
     # The levels may lie on the host, where a network looks for equal ones.
-    return sigma.to(x.device).reshape(*sigma.shape, *(1,) * (x.ndim - 2))
+    return to_device(sigma, x.device).reshape(*sigma.shape, *(1,) * (x.ndim - 2))
 
 
 def _check_same_shape(a: Tensor, b: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unspool.diffusion.flow import check_sigma
 from unspool.diffusion.schedule import Schedule
+from unspool.ops.transfer import to_device
 from unspool.shapes import Latent, Sigma, WidePrediction
 
 
@@ -213,7 +214,8 @@ class IDDPM:
 
     def _table(self, device: torch.device) -> Tensor:
         """Kept signal variance per level 0..num_steps, 1 at level 0; float64 on `device`."""
-        return torch.tensor(self._values, dtype=torch.float64).to(device)
+        made = _table_of if device.type == "cpu" else _kept_table  # a copy to a GPU would wait for it, at every call
+        return made(self.num_steps, self.beta_start, self.beta_end, device)
 
     @property
     def _values(self) -> tuple[float, ...]:
@@ -268,6 +270,17 @@ def _signal_variances(num_steps: int, beta_start: float, beta_end: float) -> tup
     for i in range(num_steps):
         values.append(values[-1] * (1.0 - (beta_start + (beta_end - beta_start) * i / (num_steps - 1))))
     return tuple(values)
+
+
+def _table_of(num_steps: int, beta_start: float, beta_end: float, device: torch.device) -> Tensor:
+    values = torch.tensor(_signal_variances(num_steps, beta_start, beta_end), dtype=torch.float64)
+    return to_device(values, device)
+
+
+@lru_cache(maxsize=16)
+def _kept_table(num_steps: int, beta_start: float, beta_end: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a training may use it after a sampler has made it
+        return _table_of(num_steps, beta_start, beta_end, device)
 
 
 def _posterior_weights(signal: Any, after: Any) -> tuple[Any, Any]:
@@ -335,4 +348,4 @@ def _per_frame(level: Tensor, x: Tensor) -> Tensor:
             f"got a sigma of shape {tuple(level.shape)}, expected [b, t] = {list(x.shape[:2])} with 1 allowed for "
             "either; use sigma[:, None] for one level per sample"
         )
-    return level.to(x.device)[..., None, None, None]
+    return to_device(level, x.device)[..., None, None, None]

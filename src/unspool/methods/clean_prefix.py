@@ -27,6 +27,7 @@ from unspool.methods.common import (
     student_only,
 )
 from unspool.methods.draws import shared_integer, uniform
+from unspool.ops.transfer import to_device
 from unspool.rollout.recompute import with_past
 
 
@@ -152,7 +153,7 @@ class CleanPrefix:
         taken, mask = self._sequence(prefix, stop, rng)
         frames, prefix = len(taken), len(taken) - (stop - prefix)
         prompts = self._prompts(batch, taken, chosen((len(x0),), config.drop_text, rng))
-        x0 = x0[:, taken]
+        x0 = _frames_of(x0, taken)
         level = 1.0 + (config.process.num_steps * uniform((len(x0), 1), rng)).floor()
         sigma = (level / config.process.num_steps).repeat(1, frames)
         sigma[:, :prefix] = 0.0
@@ -191,4 +192,9 @@ class CleanPrefix:
         if batch.text is None and batch.captions is None:
             return BatchPrompts(states=torch.zeros(len(dropped), 1, 1, 1))  # a network with text refuses it
         prompts = self.student.prompts_of(batch, dropped)
-        return prompts if prompts.index is None else replace(prompts, index=prompts.index[:, frames])
+        return prompts if prompts.index is None else replace(prompts, index=_frames_of(prompts.index, frames))
+
+
+def _frames_of(x: Tensor, frames: list[int]) -> Tensor:
+    """Some latent frames of [b, t, ...]."""
+    return x.index_select(1, to_device(torch.tensor(frames), x.device))

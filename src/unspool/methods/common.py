@@ -181,7 +181,7 @@ class Student(nn.Module):
             return states
         if self.null_text is None:
             raise ValueError("a batch of ready-made text is to be dropped; pass null_text, the empty caption's states")
-        null = self.null_text.to(states.device, states.dtype)
+        null = to_device(self.null_text, states.device).to(states.dtype)
         rows = max(states.shape[2], null.shape[0])
         states = nn.functional.pad(states, (0, 0, 0, rows - states.shape[2]))
         null = nn.functional.pad(null, (0, 0, 0, rows - null.shape[0]))

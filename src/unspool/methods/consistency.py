@@ -22,6 +22,7 @@ from unspool.methods.dmd import same_latents
 from unspool.methods.draws import uniform
 from unspool.methods.past import Clean, CleanPast, Positions, chunk_numbers
 from unspool.methods.scores import Conditioner, joined
+from unspool.ops.transfer import to_device
 from unspool.rollout.guidance import combine
 
 
@@ -136,7 +137,7 @@ class CausalConsistency:
             x2, past2, sigma2 = (torch.cat([value, value]) for value in (x, past, sigma))
             with_text, without = self._velocity(self.teacher, x2, past2, sigma2, joined(prompts, uncond)).chunk(2)
             velocity = combine(with_text, without, scale)
-        step = (after - sigma).to(x.device)[..., None, None, None]
+        step = to_device(after - sigma, x.device)[..., None, None, None]
         return x + step * velocity
 
     def _x0(self, network: Student, x: Tensor, past: Tensor, sigma: Tensor, prompts: BatchPrompts) -> Tensor:

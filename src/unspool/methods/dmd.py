@@ -22,6 +22,7 @@ from unspool.methods.samples import NoisedDataConfig, Sample, Sampler
 from unspool.methods.scores import Conditioner, Score, ScoreConfig, ScoreLevels, alternating_roles, sample_for
 from unspool.methods.sid import Sid
 from unspool.models.base import Codec
+from unspool.ops.transfer import to_device
 
 
 class DistributionLoss(Protocol):
@@ -67,7 +68,8 @@ def dmd_gradient(sample: Tensor, teacher: Tensor, critic: Tensor) -> Tensor:
 
 
 def dmd_loss(sample: Tensor, gradient: Tensor, counted: Tensor | None = None) -> Tensor:
-    """0.5 mean (sample - stopgrad(sample - gradient))^2 in float64, over the `counted` [b, t] latent frames.
+    """0.5 mean (sample - stopgrad(sample - gradient))^2 in float64, over the `counted` [b, t] latent frames (on the
+    CPU, or the host waits for them).
 
     Its gradient in the sample is `gradient` over the number of counted values.
     """
@@ -75,8 +77,8 @@ def dmd_loss(sample: Tensor, gradient: Tensor, counted: Tensor | None = None) ->
     error = (wide - (wide - gradient).detach()).square()
     if counted is None:
         return 0.5 * error.mean()
-    mask = counted.to(error.device).reshape(*counted.shape, *(1,) * (error.ndim - 2)).expand_as(error)
-    return 0.5 * error[mask].mean()
+    rows = to_device(counted.flatten().nonzero()[:, 0], error.device)
+    return 0.5 * error.flatten(0, 1).index_select(0, rows).mean()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,8 +112,9 @@ class OdeRegression:
     def predict(self, batch: Batch, states: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(prediction, input, sigma [b, t]) for the numbers `which` [b, t] of the stored states."""
         prompts = self.conditioner.given(batch)
-        rows, columns = torch.arange(len(states))[:, None], torch.arange(states.shape[2])[None]
-        x = states[rows, to_device(which, states.device), columns]
+        device = states.device
+        rows, columns = (torch.arange(states.shape[d], device=device) for d in (0, 2))
+        x = states[rows[:, None], to_device(which, device), columns]
         sigma, told = (table[which] for table in self.config.steps.levels)
         if isinstance(self._predict, NoisyPast):
             return self._predict(self.student, x, told, prompts), x, sigma
@@ -136,5 +137,5 @@ class OdeRegression:
             )
         if trajectory.shape[1] != len(got):
             raise ValueError(f"trajectories of {trajectory.shape[1]} states for {len(got)} sigmas")
-        trajectory = trajectory[:, places]
+        trajectory = trajectory.index_select(1, to_device(torch.tensor(places), trajectory.device))
         return trajectory.to(torch.promote_types(trajectory.dtype, torch.float32)), wanted

@@ -133,7 +133,7 @@ class OnPolicy:
         shape = self._shape(student, batch, prompts)
         prompts, uncond = (self._aligned(p, lead, turn) for p in (prompts, uncond))
         noise = normal((shape[0], last + 1, lead + shape[1], *shape[2:]), rng)
-        noise = noise.to(next(student.parameters()).device)
+        noise = to_device(noise, next(student.parameters()).device)
         run = _Run(c, Schedule((*full.sigmas[: last + 1], 0.0), told(full, last)), prompts, noise, lead, turn)
         replays = c.through_kv and torch.is_grad_enabled()  # its values are those of the rollout
         latents = student(lambda: run.replay(student, self._predict) if replays else run.latents(student))
@@ -192,12 +192,12 @@ class OnPolicy:
         if index is None:
             return prompts
         if self.config.is_long and lead:
-            later = torch.arange(lead + frames) >= (lead + frames if turn is None else turn)
-            return replace(prompts, index=later[None].long() * index.cpu().amax(1, keepdim=True).clamp(max=1))
+            later = torch.arange(lead + frames, device=index.device) >= (lead + frames if turn is None else turn)
+            return replace(prompts, index=later[None].long() * index.amax(1, keepdim=True).clamp(max=1))
         if index.shape[1] < frames:
             raise ValueError(f"prompts of {index.shape[1]} latent frames for a rollout of {frames}; use longer clips")
         last = torch.tensor([chunk.stop - 1 for chunk in self.config.plan.chunks(0, frames) for _ in chunk])
-        return BatchPrompts(states=prompts.states, index=index.cpu()[:, last])
+        return BatchPrompts(states=prompts.states, index=index.index_select(1, to_device(last, index.device)))
 
 
 OPENING_CONTEXT = 8

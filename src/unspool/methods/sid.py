@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unspool.methods.base import StepResult
 from unspool.methods.samples import Sample
+from unspool.ops.transfer import to_device
 
 if TYPE_CHECKING:
     from unspool.methods.dmd import Scores
@@ -25,7 +26,7 @@ def sid_loss(sample: Tensor, teacher: Tensor, critic: Tensor, alpha: float, coun
     product = (t - f) * ((t - x) - alpha * (t - f))
     if counted is None:
         return (product.flatten(1).mean(1) / norm).mean()
-    mask = counted.to(x.device).reshape(*counted.shape, *(1,) * (x.ndim - 2)).expand_as(x)
+    mask = to_device(counted, x.device).reshape(*counted.shape, *(1,) * (x.ndim - 2)).expand_as(x)
     per_sample = (product * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
     return (per_sample / norm).mean()
 
