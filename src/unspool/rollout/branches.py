@@ -146,16 +146,19 @@ def _joined(parts: list[Tensor | None], batch: int, doubled: bool) -> Tensor | N
     return torch.cat([joined, joined]) if doubled else joined
 
 
-def admit(backbone: Backbone, texts: list[Tensor]) -> None:
-    """Raise ValueError unless the network takes every text; one sample of each is encoded to find out."""
+def admit(backbone: Backbone, texts: list[Tensor], *, wait: bool = False) -> None:
+    """Raise ValueError unless the network takes every text; one sample of each is encoded to find out. With
+    `wait` also unless it is finite, as `check_text`."""
     with torch.no_grad():
         for text in texts:
+            if wait:
+                check_text(text, wait=True)
             backbone.prepare(Text.of(text[:1]))
 
 
 def _check_negative(negative: Tensor | None, batch: int, scale: float) -> None:
     if negative is None:
         raise ValueError(f"guidance scale {scale} needs the text of the unconditional branch; pass negative=")
-    check_text(negative)
+    check_text(negative, wait=True)
     if negative.shape[0] != batch:
         raise ValueError(f"negative text of {negative.shape[0]} samples: expected {batch}, one per prompt; expand() it")

@@ -68,19 +68,21 @@ class Moment:
     text: Tensor
 
 
-def check_text(text: Tensor) -> None:
-    """Raise ValueError unless `text` is finite [b, rows, channels]."""
+def check_text(text: Tensor, *, wait: bool = False) -> None:
+    """Raise ValueError unless `text` is finite [b, rows, channels]; on a GPU values are looked at where the host may
+    `wait` for it: once at the beginning of a stream, and not at every step of a training."""
     if text.ndim != 3:
         raise ValueError(f"text of shape {tuple(text.shape)}: expected [b, rows, channels]")
-    if not bool(torch.isfinite(text).all()):
+    if (wait or text.device.type == "cpu") and not bool(torch.isfinite(text).all()):
         raise ValueError("text holds NaN or infinity; expected finite values: check the text encoder's dtype")
 
 
 class PromptTimeline:
-    """The prompts of a stream in order of time. A rollout works on a copy: add to it by `Rollout.switch`."""
+    """The prompts of a stream in order of time. A rollout works on a copy: add to it by `Rollout.switch`. `wait` as
+    `check_text`; a rollout that is given a text sets it, a training does not."""
 
-    def __init__(self, text: Tensor, switches: list[Switch] | None = None) -> None:
-        check_text(text)
+    def __init__(self, text: Tensor, switches: list[Switch] | None = None, *, wait: bool = False) -> None:
+        check_text(text, wait=wait)
         self.first = text.clone()  # encoded when its chunk comes, so it must not change until then
         self.pruned = 0  # switches that were forgotten because later ones took over
         self.switches: list[Switch] = []

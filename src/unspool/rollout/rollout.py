@@ -69,7 +69,7 @@ class Rollout:
         cache: str | CacheFactory = "kv",
     ) -> None:
         self.backbone, self.config, self.noise = backbone, config, noise
-        self.timeline = text.copy() if isinstance(text, PromptTimeline) else PromptTimeline(text)
+        self.timeline = text.copy() if isinstance(text, PromptTimeline) else PromptTimeline(text, wait=True)
         self.batch = self.timeline.first.shape[0]
         self.cancel, self.grad = cancel, grad
         weight = next(iter(backbone.parameters()))
@@ -180,7 +180,7 @@ class Rollout:
         if frame is not None and frame < start:
             raise ValueError(f"frame={frame} is already made; expected a latent frame from {start} on, or None for now")
         switch = Switch(frame=start if frame is None else frame, text=text, **how)
-        admit(self.backbone, [text])
+        admit(self.backbone, [text], wait=True)
         self.timeline.add(switch)
         return switch
 

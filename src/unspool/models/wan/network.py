@@ -96,7 +96,8 @@ class WanTransformer(nn.Module):
         """Keys and values of every cross-attention for text states [b, prompts, rows, text_dim].
 
         Fewer than `config.text_len` rows are padded with zeros, which the published weights attend to.
-        Raises ValueError for more rows, another width, or states that are not finite.
+        Raises ValueError for more rows, another width, or states that are not finite (asked only of those on the CPU: a
+        GPU would be waited for, at every step of a training).
         """
         states = Text.of(text).states
         rows, width = states.shape[2:]
@@ -105,7 +106,7 @@ class WanTransformer(nn.Module):
                 f"text states [b, prompts, rows, channels] = {tuple(states.shape)}: expected 1..{self.config.text_len} "
                 f"rows of {self.config.text_dim} channels; encode the prompt with this model's text encoder"
             )
-        if not bool(torch.isfinite(states).all()):
+        if states.device.type == "cpu" and not bool(torch.isfinite(states).all()):
             raise ValueError("text states hold NaN or infinity; expected finite values: check the text encoder's dtype")
         weight = self.patch_embedding.weight
         states = F.pad(states.to(weight.device, weight.dtype), (0, 0, 0, self.config.text_len - rows))
