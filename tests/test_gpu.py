@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "methods"))
+import toy_methods
 
 from unspool.causal.context import FullSequence
 from unspool.causal.mask import causal_mask
@@ -95,5 +101,20 @@ def test_denoising_loop_does_not_wait_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         cached(net, setting, clip, cache, first=12)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["teacher_forcing", "causvid", "consistency", "ode"])
+def test_a_training_step_does_not_wait_for_the_device(name: str):
+    """As `methods/test_waits.py` sees on an emulated device. The first step may, it fills tables."""
+    method = toy_methods.CASES[name]()
+    for network in toy_methods.networks_of(method):
+        network.to(DEVICE)
+    batch = toy_methods.batch(name, DEVICE)
+    method.step(batch, "student", 0, torch.Generator().manual_seed(0)).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method.step(batch, "student", 1, torch.Generator().manual_seed(0))
     finally:
         torch.cuda.set_sync_debug_mode("default")

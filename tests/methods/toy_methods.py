@@ -60,7 +60,7 @@ def ca2vdm() -> Any:
         plan=ChunkPlan(chunk=2, first=1), visibility=Window(window=5, within="causal"), circle=5, prefix_frames=1,
         prefix_noise=0.03, drop_text=0.5, process=IDDPM(), makes_first=True,
     )  # fmt: skip
-    return CleanPrefix(config, backbone=STDiT(network), null_text=NULL)
+    return CleanPrefix(config, backbone=STDiT(network), null_text=torch.ones_like(NULL))
 
 
 KINDS = ("causvid", "self_forcing", "through_kv", "sid", "gan", "consistency", "ode")

@@ -76,12 +76,15 @@ class Clip:
     """Clean and noisy latents of a stream, a level per chunk, and the network's answers from its cache."""
 
     def __init__(self, network: STDiT, plan: ChunkPlan, num_chunks: int, batch: int = 1, text: bool = False) -> None:
+        """On the network's device; drawn on the CPU."""
         self.network, self.plan = network, plan
+        self.device = next(network.parameters()).device
         self.chunks = [plan.frames(i) for i in range(num_chunks)]
         self.total = self.chunks[-1].stop
         shape = (batch, self.total, network.config.in_channels, *SIZE)
         generator = torch.Generator().manual_seed(1)
-        self.clean, self.noisy = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        both = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        self.clean, self.noisy = (latents.to(self.device) for latents in both)
         self.levels = [float(torch.randint(1, 1001, (1,), generator=generator)) / 1000 for _ in self.chunks]
         states = torch.randn(batch, 4, network.config.caption_dim or 1, generator=generator, dtype=torch.float64)
         states[:, 2:] = 0 if text else states[:, 2:]
@@ -98,6 +101,7 @@ class Clip:
             visibility=visibility,
             positions=positions,
             dtype=torch.float64,
+            device=self.device,
         )
 
     def cached(self, visibility: Visibility, positions: PositionPolicy) -> list[Tensor]:
