@@ -33,6 +33,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("serve",),
     ("recipes",),
     ("cli",),
+    ("__main__",),
     ("assets",),
 ]
 LEVEL = {name: level for level, room in enumerate(ROOMS) for name in room}
