@@ -107,6 +107,20 @@ def test_names_make_captions_and_what_does_not_match_is_told(tmp_path: Path) -> 
     assert found.layout == "pattern" and [name for name, _ in found.skipped] == ["other.mp4"]
 
 
+@pytest.mark.parametrize("pattern", [None, NamePattern(name="{name}", caption="{name}")])
+def test_a_folder_may_be_given_from_where_one_is(
+    pattern: NamePattern | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`data.path=videos`, as one types it."""
+    (tmp_path / "videos/sub").mkdir(parents=True)
+    for name, text in TWO:
+        (tmp_path / "videos" / name).write_bytes(b"")
+        (tmp_path / "videos" / name).with_suffix(".txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    found = read_captions(Path("videos"), pattern=pattern)
+    assert [text for _, text in found.videos] == [text for _, text in TWO] and not found.skipped
+
+
 def test_the_name_stands_in_where_a_sidecar_is_missing(tmp_path: Path) -> None:
     for name in ("a.mp4", "red_ball.mp4"):
         (tmp_path / name).write_bytes(b"")

@@ -100,7 +100,10 @@ def read_captions(source: Path, *, layout: Layout = "auto", pattern: NamePattern
         raise ValueError(_nothing(source, layout, tuple(there)))
     others = tuple(name for name in there if name not in (chosen, "pattern"))
     if chosen in ("sidecar", "pattern"):
-        rows = [(str(path), _sidecar(path) if chosen == "sidecar" else None) for path in videos_in(source)]
+        rows = [
+            (str(path.relative_to(source)), _sidecar(path) if chosen == "sidecar" else None)
+            for path in videos_in(source)
+        ]
         return _resolve(rows, source, chosen, None, pattern, others)
     file = there[chosen]
     return _resolve(_READERS[chosen](file), source, chosen, file.name, pattern, others)
