@@ -283,16 +283,19 @@ def plot(results: Rows, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, metric in zip(figure.subplots(1, 2), ("adherence", "psnr"), strict=True):
+    shown = {"adherence": (0, 1), "psnr": (25, 35), "motion_over_truth": (0, 1.6)}
+    for axes, (metric, limits) in zip(figure.subplots(1, 3), shown.items(), strict=True):
         for name, rows in results.items():
             style = ":" if ARMS[name].of else "--" if ARMS[name].is_open else "-"
-            label = name if metric == "psnr" else None
+            label = ARMS[name].about if metric == "psnr" else None
             axes.plot(range(1, CHUNKS + 1), by_chunk(rows, metric), style, label=label)
         axes.set_xlabel("chunk")
         axes.set_ylabel(HEADS[metric])
-    figure.legend(loc="outside right upper", fontsize="small")
+        axes.set_ylim(*limits)
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
 
 
