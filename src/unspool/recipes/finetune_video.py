@@ -77,11 +77,13 @@ class VideosRecipe(Recipe):
         from unspool.models.taehv import Taehv
         from unspool.train.export import read_weights
         from unspool.train.loop import Trainer
+        from unspool.train.parallel import alone
 
         start = self._file("codec")
         data = replace(self.data, num_frames=1 + 3 * self.data.temporal, mode="random")
         recipe = VideoCodecRecipe(train=self.codec_train, method=self.codec, start=str(start), data=data)
-        trained = Trainer(recipe, out / "codec", name="finetune-video codec").run()
+        world = alone(recipe.train.device)
+        trained = Trainer(recipe, out / "codec", name="finetune-video codec", world=world).run()
         if not trained.is_done:
             raise LegOver(f"in the codec, {trained.reason}")
         codec = Taehv.from_single_file(start)

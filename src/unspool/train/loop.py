@@ -22,7 +22,16 @@ from unspool.train.checkpoint import Saved, find, save
 from unspool.train.export import CODEC, export_weights, read_weights
 from unspool.train.feed import Feed, to_device
 from unspool.train.optim import lr_factor
-from unspool.train.parallel import World, gather_after, global_norm, local, start_world, sync_gradients, whole
+from unspool.train.parallel import (
+    World,
+    gather_after,
+    global_norm,
+    local,
+    one_at_a_time,
+    start_world,
+    sync_gradients,
+    whole,
+)
 from unspool.train.progress import Display, Sink, Window
 from unspool.train.recipe import Recipe
 from unspool.train.rng import seed_step, step_rng
@@ -74,7 +83,8 @@ class Trainer:
         self.out, self.name = Path(out), name
         saved = find_start(self.out, resume)
         to_dict(recipe)  # refuses now what the first checkpoint could not hold
-        self.recipe = recipe = recipe.prepare(self.out)
+        with one_at_a_time(self.out):
+            self.recipe = recipe = recipe.prepare(self.out)
         self._train = recipe.train
         self.stop = Stop(self._train.max_minutes)
         self.world = world or start_world(self._train.device, shard=self._train.shard)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -110,6 +114,23 @@ def start_world(device: str = "auto", *, shard: int = 0) -> World:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
     mesh = init_device_mesh(chosen.type, (size // shared, shared), mesh_dim_names=("replicate", "shard"))
     return World(rank=dist.get_rank(), size=size, device=chosen, mesh=mesh, owns_group=owns)
+
+
+def alone(device: str = "auto") -> World:
+    """This process by itself, whatever torchrun started: for a training that one of them runs for all."""
+    return World(rank=0, size=1, device=pick_device(device, int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Where torchrun started several processes on this machine, one after the other does what stands here for `folder`:
+    the first makes it, the others find it. It waits as long as that takes, which a barrier would not."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"unspool-{name}.lock"):
+        yield
 
 
 def shard_network(network: nn.Module, world: World, *, dtype: torch.dtype | None, offload: bool = False) -> nn.Module:

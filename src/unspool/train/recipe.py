@@ -43,7 +43,8 @@ class Recipe:
 
     def prepare(self, out: Path) -> Recipe:
         """What must be there before anything is built (a codec fitted to the data, clips encoded with it), made once
-        and kept in the run's folder `out`; returns the recipe that names it. Called by every leg, not by a dry run."""
+        and kept in the run's folder `out`; returns the recipe that names it. Called by every leg, not by a dry run; by
+        several ranks one after the other, before they know each other."""
         return self
 
     def build_method(self, device: torch.device) -> Method:
