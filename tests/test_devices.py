@@ -26,7 +26,7 @@ from unspool.causal.position import Cyclic
 from unspool.cli.main import main
 from unspool.methods.draws import SampleRng
 from unspool.models.stdit.config import STDiTConfig
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 CUDA = pytest.param(
     "cuda",

@@ -19,8 +19,8 @@ PACKAGE = "unspool"
 
 ROOMS: list[tuple[str, ...]] = [
     ("shapes", "geometry", "config", "weights", "log"),
-    ("ops",),
     ("diffusion",),
+    ("ops",),
     ("causal",),
     ("models",),
     ("rollout",),
@@ -183,9 +183,9 @@ WRONG = {
         "ops imports rollout",
     ),
     "type checking": (
-        "ops/x.py",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from unspool.diffusion.flow import FlowMatching",
-        "ops imports diffusion",
+        "diffusion/x.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from unspool.ops.rope import Rope",
+        "diffusion imports ops",
     ),
     "string target": ("models/x.py", 'D = {"kv": "unspool.train.loop:Loop"}', "models imports train"),
     "importlib": ("shapes.py", 'import importlib\nimportlib.import_module("unspool.causal")', "shapes imports causal"),

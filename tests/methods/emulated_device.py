@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from toy_methods import CASES, batch, networks_of
 
+from unspool import shapes
 from unspool.methods import clean_prefix, on_policy
-from unspool.ops import transfer
 
 NAME = "emulated"
 WAITS: list[str] = []
@@ -99,7 +99,7 @@ def emulate() -> None:
     torch.autocast = lambda *_, **__: nullcontext()  # type: ignore[assignment, misc]
     is_enabled = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda kind="cpu": kind != NAME and is_enabled(kind)
-    real = transfer.to_device
+    real = shapes.to_device
     for module in [m for n, m in sys.modules.items() if n.startswith("unspool")]:
         if getattr(module, "to_device", None) is real:
             module.to_device = queued  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 QUICK = ("teacher_forcing", "ode", "consistency", "long_rollouts", "ca2vdm")
 SLOW = ("causvid", "self_forcing", "through_kv", "sid", "gan")

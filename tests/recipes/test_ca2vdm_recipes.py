@@ -158,7 +158,7 @@ def test_the_report_knows_a_right_stream_a_still_one_and_a_wrong_one(tmp_path: P
     def report(made: Callable[[str], np.ndarray]) -> dict[str, list[float]]:
         pipeline = SimpleNamespace(
             generate=lambda name, **_: SimpleNamespace(frames=made(name)), spec=model.spec, codec=model.codec,
-            device=model.device,
+            device=model.device, transformer=model.transformer,
         )  # fmt: skip
         return OverfitReport(OverfitReportConfig()).report(pipeline, videos, tmp_path / "sheet.png")  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ from unspool.causal.mask import MaskBlock, MaskSpec
 from unspool.causal.visibility import MAIN
 from unspool.ops.attention import flex, sdpa
 from unspool.ops.rope import Rope, rotate, table_dtype
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 Backend = Literal["slices", "dense", "flex"]
 

@@ -88,7 +88,7 @@ class MaskSpec:
         """Boolean [tokens, tokens], True where the query (row) reads the key (column)."""
         import torch
 
-        from unspool.ops.transfer import to_device
+        from unspool.shapes import to_device
 
         self._check_single()
         frames = torch.tensor(self.allowed(), dtype=torch.bool)

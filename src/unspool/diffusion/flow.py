@@ -15,8 +15,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from unspool.ops.transfer import to_device
-from unspool.shapes import Latent, Prediction, Sigma
+from unspool.shapes import Latent, Prediction, Sigma, to_device
 
 
 @dataclass(frozen=True)

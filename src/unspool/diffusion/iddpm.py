@@ -18,8 +18,7 @@ from torch import Tensor
 
 from unspool.diffusion.flow import check_sigma
 from unspool.diffusion.schedule import Schedule
-from unspool.ops.transfer import to_device
-from unspool.shapes import Latent, Sigma, WidePrediction
+from unspool.shapes import Latent, Sigma, WidePrediction, to_device
 
 
 @dataclass(frozen=True)

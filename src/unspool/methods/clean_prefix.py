@@ -27,8 +27,8 @@ from unspool.methods.common import (
     student_only,
 )
 from unspool.methods.draws import shared_integer, uniform
-from unspool.ops.transfer import to_device
 from unspool.rollout.recompute import with_past
+from unspool.shapes import to_device
 
 
 @dataclass(frozen=True, kw_only=True)

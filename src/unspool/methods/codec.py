@@ -15,7 +15,7 @@ from unspool.methods.base import StepResult
 from unspool.methods.common import check_share, chosen, student_only
 from unspool.methods.draws import normal, uniform
 from unspool.models.taehv import Taehv
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 Focus = Literal["none", "deviation", "gradient"]
 """Which pixels count for more: none; those unlike their row and unlike their column; those at edges."""

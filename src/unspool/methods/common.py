@@ -21,7 +21,7 @@ from unspool.diffusion.schedule import bell_weight, shift_sigma
 from unspool.methods.base import StepResult
 from unspool.methods.draws import normal, uniform
 from unspool.models.base import Conditioning, Text
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 FLOW = FlowMatching()
 Weight = Literal["none", "bell"]

@@ -22,8 +22,8 @@ from unspool.methods.dmd import same_latents
 from unspool.methods.draws import uniform
 from unspool.methods.past import Clean, CleanPast, Positions, chunk_numbers
 from unspool.methods.scores import Conditioner, joined
-from unspool.ops.transfer import to_device
 from unspool.rollout.guidance import combine
+from unspool.shapes import to_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from unspool.methods.samples import NoisedDataConfig, Sample, Sampler
 from unspool.methods.scores import Conditioner, Score, ScoreConfig, ScoreLevels, alternating_roles, sample_for
 from unspool.methods.sid import Sid
 from unspool.models.base import Codec
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 
 class DistributionLoss(Protocol):

@@ -20,7 +20,7 @@ from unspool.methods.draws import uniform
 from unspool.methods.past import Clean, CleanPast, NoisyPast, Positions, chunk_numbers
 from unspool.methods.samples import StepList
 from unspool.methods.scores import Conditioner
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,13 @@ from unspool.methods.draws import normal, shared_integer
 from unspool.methods.past import Clean, CleanPast, Positions, chunk_numbers
 from unspool.methods.samples import Sample, StepList
 from unspool.models.base import Codec
-from unspool.ops.transfer import to_device
 from unspool.rollout.noise import RecordedNoise
 from unspool.rollout.prompts import PromptTimeline, Switch, SwitchPolicy
 from unspool.rollout.rollout import Rollout
 from unspool.rollout.settings import RolloutConfig
 from unspool.rollout.solvers.base import Noise, Solver, SolverState
 from unspool.rollout.solvers.fewstep import FewStep
+from unspool.shapes import to_device
 
 
 @dataclass(frozen=True, kw_only=True)

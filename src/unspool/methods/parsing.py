@@ -13,7 +13,7 @@ from unspool.data.batch import Batch, ParsedBatch
 from unspool.methods.base import StepResult
 from unspool.methods.common import student_only
 from unspool.models.caption import CaptionEncoder
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 ABSENT = -1
 """Label of what a caption does not state."""

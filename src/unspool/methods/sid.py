@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unspool.methods.base import StepResult
 from unspool.methods.samples import Sample
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 if TYPE_CHECKING:
     from unspool.methods.dmd import Scores

@@ -19,7 +19,7 @@ from unspool.config import from_dict, to_dict
 from unspool.models.caption_words import Reading, Vocabulary
 from unspool.ops.attention import sdpa
 from unspool.ops.norm import upcast
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 from unspool.weights.read import read_checkpoint
 from unspool.weights.report import load_into
 from unspool.weights.write import save_file

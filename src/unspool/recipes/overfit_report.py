@@ -93,15 +93,10 @@ def _of_stream(made: Frames, groups: Sequence[Sequence[Frames]], own: int, pipel
 
 
 def _codec_copy(frames: Frames, pipeline: Pipeline) -> Frames:
-    import torch
-
-    from unspool.data.stage import to_pixels
-    from unspool.engine.decode import to_uint8
+    from unspool.evaluate.stage import round_trip
 
     count = 1 + (len(frames) - 1) // pipeline.spec.geometry.temporal * pipeline.spec.geometry.temporal
-    with torch.no_grad():
-        pixels = to_pixels(frames[None, :count]).to(pipeline.device)
-        return to_uint8(pipeline.codec.decode(pipeline.codec.encode(pixels)))[0]
+    return round_trip(pipeline, [frames[:count]])[0]
 
 
 def _spread(frames: Frames) -> Frames:

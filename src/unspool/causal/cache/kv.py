@@ -31,7 +31,7 @@ from unspool.causal.visibility import (
     within_of,
 )
 from unspool.ops.rope import Rope, rotate, table_dtype
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 BLOCK_FRAMES = 24  # growth of an unbounded cache: rare enough to stay outside the hot path
 

@@ -19,7 +19,7 @@ from unspool.causal.visibility import Segment, Within, own_reads
 from unspool.ops.attention import sdpa
 from unspool.ops.compile import compiled
 from unspool.ops.rope import Rope, rotate, rotate_and_stage, table_dtype
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 if TYPE_CHECKING:
     from unspool.causal.cache.kv import KVCache

@@ -34,7 +34,7 @@ from unspool.models.stdit.layers import (
     spatial_features,
 )
 from unspool.models.wan.layers import time_features, wide_linear
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 
 class PatchEmbedder(nn.Module):

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from unspool.models.taehv.config import GEOMETRY, POOLING, Padding, TaehvConfig
 from unspool.models.taehv.layers import Stack, decoder, encoder, initialise
 from unspool.ops.norm import upcast
-from unspool.ops.transfer import to_device
-from unspool.shapes import Latent, Pixels
+from unspool.shapes import Latent, Pixels, to_device
 
 PIXELS_PER_CALL = 2**20
 """Pixels of one piece of a long clip where the caller does not say: about 1 GB of activations at full width."""

@@ -20,7 +20,7 @@ from unspool.models.base import Conditioning, Prompts, Text, patch_grid
 from unspool.models.wan.config import WanConfig
 from unspool.models.wan.layers import Block, Head, time_features, wide_linear
 from unspool.ops.rope import Rope
-from unspool.ops.transfer import to_device
+from unspool.shapes import to_device
 
 if TYPE_CHECKING:
     from pathlib import Path
