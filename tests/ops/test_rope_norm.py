@@ -154,3 +154,18 @@ def test_narrow_inputs_are_computed_wide() -> None:
     assert torch.equal(gated_add(one, one, gate), (one.float() + one.float() * gate).bfloat16())
     assert upcast(x).dtype == torch.float32 and upcast(x.double()).dtype == torch.float64
     assert math.isclose(float(got.mean()), 0.0, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_complex_and_real_form_rotate_alike_with_the_same_gradients(dtype: torch.dtype) -> None:
+    cos, sin = Rope.for_head(16, (2, 3)).tables([0, 5, 1000], table_dtype(dtype))
+    beside = torch.randn(2, 18, 3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    apart = beside.mT.contiguous().mT  # features that do not lie side by side: no complex numbers
+    assert apart.stride(-1) != 1
+    results = []
+    for x in (beside.requires_grad_(), apart.requires_grad_()):
+        out = rotate(x, cos, sin)
+        results.append((out, *torch.autograd.grad(out.square().sum() + out.sum(), x)))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other)

@@ -70,11 +70,19 @@ def table_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs of `x` [b, n, heads, d] by tables [n, d / 2]; at least fp32 inside, dtype of `x` out."""
-    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2))
-    a, b = pairs[..., 0], pairs[..., 1]
-    c, s = cos[:, None], sin[:, None]
-    return torch.stack((a * c - b * s, a * s + b * c), dim=-1).flatten(-2).to(x.dtype)
+    """Rotate adjacent pairs of `x` [b, n, heads, d] by tables [n, d / 2]; at least fp32 inside, dtype of `x` out.
+
+    Eager code multiplies complex numbers: the same values in a fifth of the time on a CPU, backward pass included. A
+    compiler does not know them and fuses the real form, which is also for features that do not lie side by side.
+    """
+    wide = x.to(cos.dtype)
+    if torch.compiler.is_compiling() or wide.stride(-1) != 1:
+        pairs = wide.unflatten(-1, (-1, 2))
+        a, b = pairs[..., 0], pairs[..., 1]
+        c, s = cos[:, None], sin[:, None]
+        return torch.stack((a * c - b * s, a * s + b * c), dim=-1).flatten(-2).to(x.dtype)
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:, None]
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def rotate_and_stage(
