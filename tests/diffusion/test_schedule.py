@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from conftest import golden_path
 from unspool.diffusion.schedule import (
     Schedule,
     bell_weight,
@@ -25,15 +24,12 @@ from unspool.diffusion.schedule import (
     unshift_sigma,
 )
 
-GOLDEN = Path(os.environ.get("UNSPOOL_GOLDEN", Path(__file__).parents[1] / "golden")) / "rollout_cases.safetensors"
 GRID_TOLERANCE = 1e-6  # the golden grids were computed in float32
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, torch.Tensor]:
-    if not GOLDEN.exists():
-        pytest.skip(f"golden tensors not found: {GOLDEN}; set UNSPOOL_GOLDEN")
-    with safe_open(str(GOLDEN), "pt") as file:
+    with safe_open(str(golden_path("rollout_cases.safetensors")), "pt") as file:
         names = [key for key in file.keys() if key.startswith("schedule")]  # noqa: SIM118 (the file is no mapping)
         return {key: file.get_tensor(key).double() for key in names}
 
@@ -176,4 +172,4 @@ def test_schedules_and_the_dicts_of_names_need_no_torch() -> None:
         "import sys, unspool.diffusion.schedule as s, unspool.rollout, unspool.rollout.solvers;"
         "s.few_step((1000, 500), shift=5.0); sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from conftest import golden_path
 from unspool.models.wan import keys
 from unspool.models.wan.config import WanConfig, infer_config
 
-GOLDEN = os.environ.get("UNSPOOL_GOLDEN")
-needs_golden = pytest.mark.skipif(not GOLDEN, reason="UNSPOOL_GOLDEN is not set")
 WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_layers=30, num_heads=12)
 TINY = WanConfig(
     dim=24, ffn_dim=20, num_layers=2, num_heads=2, in_channels=4, out_channels=4, text_dim=10, text_len=7, freq_dim=8
@@ -28,18 +25,12 @@ def random_state(config: WanConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in keys.own_shapes(config).items()}
 
 
-def golden(name: str) -> Path:
-    assert GOLDEN is not None
-    return Path(GOLDEN) / name
-
-
 @pytest.fixture(scope="module")
 def published() -> dict[str, dict[str, tuple[int, ...]]]:
-    model = json.loads(golden("diffusers_wan.json").read_text())["real_model"]["Wan2.1-T2V-1.3B"]
+    model = json.loads(golden_path("diffusers_wan.json").read_text())["real_model"]["Wan2.1-T2V-1.3B"]
     return {fmt: {name: tuple(s) for name, s in model[fmt].items()} for fmt in ("original", "diffusers")}
 
 
-@needs_golden
 @pytest.mark.parametrize("fmt", ["original", "diffusers"])
 def test_825_published_keys_and_shapes(published: dict, fmt: keys.KeyFormat) -> None:
     mapped = keys.shapes_as(keys.own_shapes(WAN_1_3B), fmt)
@@ -48,10 +39,9 @@ def test_825_published_keys_and_shapes(published: dict, fmt: keys.KeyFormat) -> 
     assert keys.detect(published[fmt]) == fmt
 
 
-@needs_golden
 def test_825_keys_round_trip_on_meta(published: dict) -> None:
     """original -> own -> diffusers -> own -> original, names, shapes and the pairing of names."""
-    names = json.loads(golden("diffusers_wan.json").read_text())["original_to_diffusers"]
+    names = json.loads(golden_path("diffusers_wan.json").read_text())["original_to_diffusers"]
     original = {name: torch.empty(shape, device="meta") for name, shape in published["original"].items()}
     own = keys.to_own(original, "original")
     assert {name: tuple(t.shape) for name, t in own.items()} == keys.own_shapes(WAN_1_3B)
@@ -64,9 +54,8 @@ def test_825_keys_round_trip_on_meta(published: dict) -> None:
         assert keys.DIFFUSERS.join_name(theirs)[0] == ours
 
 
-@needs_golden
 def test_both_namings_of_the_golden_network_give_one_state_bitwise() -> None:
-    tensors = load_file(golden("diffusers_wan.safetensors"))
+    tensors = load_file(golden_path("diffusers_wan.safetensors"))
     states = {}
     for fmt in ("original", "diffusers"):
         prefix = f"weights_{fmt}/"
@@ -144,7 +133,6 @@ def test_own_shapes_are_those_of_the_network(vector: int) -> None:
     assert {name: tuple(t.shape) for name, t in state.items()} == keys.own_shapes(config)
 
 
-@needs_golden
 def test_published_keys_are_those_of_the_network_on_meta(published: dict) -> None:
     network = pytest.importorskip("unspool.models.wan.network")
     with torch.device("meta"):
@@ -202,13 +190,12 @@ def test_config_spellings_agree() -> None:
     assert "text_len" not in WAN_1_3B.to_diffusers()
 
 
-@needs_golden
 def test_config_reads_the_golden_files() -> None:
-    content = json.loads(golden("diffusers_wan.json").read_text())
+    content = json.loads(golden_path("diffusers_wan.json").read_text())
     original = WanConfig.from_original(content["config_original"])
     assert WanConfig.from_diffusers(content["config_diffusers"] | {"text_len": 12}) == original
-    tiny = WanConfig.from_original(json.loads(golden("wan_tiny_config.json").read_text()))
-    shapes = {name: tuple(t.shape) for name, t in load_file(golden("wan_tiny_weights.safetensors")).items()}
+    tiny = WanConfig.from_original(json.loads(golden_path("wan_tiny_config.json").read_text()))
+    shapes = {name: tuple(t.shape) for name, t in load_file(golden_path("wan_tiny_weights.safetensors")).items()}
     assert infer_config(shapes, num_heads=2, text_len=12) == tiny
     assert keys.shapes_as(keys.own_shapes(tiny), "original") == shapes
 

@@ -22,6 +22,7 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 def run(args: Args) -> int:
     from unspool.evaluate.exactness import all_rows
+    from unspool.evaluate.golden import missing
 
     carried = "tests/golden" if Path("tests/golden").is_dir() else None
     chosen = args.golden or os.environ.get("UNSPOOL_GOLDEN") or carried
@@ -30,6 +31,10 @@ def run(args: Args) -> int:
     target = None if args.markdown is None else Path(args.markdown)
     if target is not None and (not target.exists() or BEGIN not in target.read_text() or END not in target.read_text()):
         raise ValueError(f"--markdown {target}: expected a file with the lines {BEGIN} and {END}")
+    absent = missing(Path(chosen)) if chosen else ["all of them: set UNSPOOL_GOLDEN or --golden"]
+    if target is not None and absent:
+        raise ValueError(f"--markdown {target}: a table without recorded tensors would look complete; not found in "
+                         f"{chosen or 'any folder'}: {', '.join(absent)}")  # fmt: skip
     lines, failed, count, section = [], 0, 0, ""
     for name, row in all_rows(Path(chosen) if chosen else None):
         if name != section:
@@ -44,8 +49,8 @@ def run(args: Args) -> int:
         failed += not row.ok
         count += 1
     print(f"\n{count - failed} passed, {failed} failed")
-    if chosen is None:
-        print("published networks: skipped, no recorded tensors (set UNSPOOL_GOLDEN or --golden)")
+    if absent:
+        print(f"published networks: cases left out, for want of recorded tensors: {', '.join(absent)}")
     if target is not None:
         head, rest = target.read_text().split(BEGIN, 1)
         target.write_text(head + BEGIN + "\n" + "\n".join(lines).strip() + "\n\n" + END + rest.split(END, 1)[1])

@@ -53,6 +53,18 @@ def load(folder: Path, name: str, facts: str | None = None) -> Golden | None:
     return Golden(load_file(path), json.loads(described.read_text()) if described.exists() else {})
 
 
+RECORDED = (
+    *("wan_tiny_cases.safetensors", "wan_tiny_weights.safetensors", "rollout_cases.safetensors"),
+    *("diffusers_wan.safetensors", "longlive.safetensors", "ca2vdm_cases.safetensors", "ca2vdm_weights.safetensors"),
+)
+"""The files that the rows of published networks are made of."""
+
+
+def missing(folder: Path) -> list[str]:
+    """Which of the recorded files `folder` lacks: their rows are left out."""
+    return [name for name in RECORDED if not (folder / name).is_file()]
+
+
 def wan_from(weights: dict[str, Tensor], config: WanConfig, source: KeyFormat = "original") -> WanTransformer:
     """A network with given weights under published names."""
     net = WanTransformer(config)
