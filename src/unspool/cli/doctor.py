@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 CORE = ("torch", "numpy", "safetensors", "huggingface_hub", "pillow", "av", "tyro", "pyyaml", "einops", "jaxtyping")
-EXTRAS = ("diffusers", "transformers", "peft", "torchao", "fastapi", "lmdb", "datasets", "lpips", "tensorboard")
+EXTRAS = ("lmdb", "tensorboard")
 TORCH_FAMILY = ("torchvision", "torchcodec", "torchaudio")
 DEFAULT = "default"  # the untagged build of the package index: CUDA on Linux, of whatever version was current
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")

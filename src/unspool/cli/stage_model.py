@@ -14,7 +14,7 @@ class Args:
     few steps, model folders.
 
     No download and no data are needed: the clips are rendered. Run it again to go on where it stopped; every part is
-    kept under --out and made once. About nine hours on two CPU cores at 64 px.
+    kept under --out and made once. An estimated nine hours on two CPU cores at 64 px.
     """
 
     overrides: tyro.conf.Positional[tuple[str, ...]] = ()

@@ -86,7 +86,7 @@ def student_64() -> StudentRecipe:
 
 
 def codec_128() -> CodecRecipe:
-    """Codec of the 128 px stage (one GPU, minutes): the published width at the lower resolutions."""
+    """Codec of the 128 px stage, for one GPU, not run yet: the published width at the lower resolutions."""
     return CodecRecipe(
         size_px=128, frames=17,
         codec=TaehvConfig(

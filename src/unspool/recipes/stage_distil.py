@@ -217,7 +217,7 @@ def consistency_64() -> ConsistencyRecipe:
 
 
 def consistency_128() -> ConsistencyRecipe:
-    """The same at 128 px (one GPU, minutes)."""
+    """The same at 128 px; for one GPU, not run yet."""
     return _consistency(128, train_config(
         steps=1500, batch=48, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True))  # fmt: skip
 
@@ -246,7 +246,7 @@ def self_forcing_64_bidirectional() -> DmdRecipe:
 
 
 def self_forcing_128() -> DmdRecipe:
-    """Rollouts of whole clips against the bidirectional teacher at 128 px (one GPU, minutes)."""
+    """Rollouts of whole clips against the bidirectional teacher at 128 px; for one GPU, not run yet."""
     return _dmd(128, _rollouts(128), steps=1500, batch=48)
 
 
@@ -254,13 +254,13 @@ def long_64() -> DmdRecipe:
     """After `self_forcing_64`: the end of rollouts of up to eleven chunks, near which the prompt changes, in the window
     that streams are run with (long tuning, arXiv:2509.22622).
 
-    Two CPU cores: 46 minutes. Streams of 250 s, adherence at 50 s minus the first 5 s -.014 (before: -.049), untouched
-    things after a change of prompt .91 (.86); clips as before (docs/stage-model.md)."""
+    Two CPU cores: 46 minutes. Untouched things after a change of prompt .91 (.86), clips and streams as before: what
+    holds streams is that commit passes are told .1 (docs/stage-model.md)."""
     return _long(64, self_forcing_64(), steps=700)
 
 
 def long_128() -> DmdRecipe:
-    """The same at 128 px, after `self_forcing_128` (one GPU, minutes)."""
+    """Long tuning at 128 px, after `stage-128-self-forcing`; for one GPU, not run yet."""
     return _long(128, self_forcing_128(), steps=500)
 
 
