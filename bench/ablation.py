@@ -29,9 +29,12 @@ import numpy as np
 import torch
 
 from arms import Trainings
+from unspool.config import to_dict
 from unspool.data.encoding import encode_source, load_file_or_name
 from unspool.data.stage import StageClips
 from unspool.data.worlds.stage import StageConfig
+from unspool.evaluate.protocol import ClipProtocol, StageProtocol, StreamProtocol
+from unspool.evaluate.runner import mark, scorer_mark
 from unspool.evaluate.sheet import Sample, beside
 from unspool.methods.consistency import ConsistencyConfig
 from unspool.methods.dmd import DmdConfig
@@ -161,8 +164,12 @@ class Ablation:
             return self.trained("ode", "init", ode)
         return self.causal()
 
+    def file(self, name: str, arm: Arm) -> Path:
+        """Where the weights of an arm are, made or not."""
+        return self.home / (name if arm.loss or name == "teacher" else arm.init or "causal") / "student.safetensors"
+
     def weights(self, name: str, arm: Arm) -> Path:
-        """The weights of an arm."""
+        """The weights of an arm, which are made where they are missing."""
         if name in ("teacher", "causal"):
             return getattr(self, name)()
         if not arm.loss:
@@ -190,23 +197,16 @@ class Ablation:
 
     def scores(self, name: str, arm: Arm, prompts: int, streams: int) -> dict[str, Any]:
         """What the arm makes of the test prompts, kept beside its weights."""
-        from unspool.config import to_dict
         from unspool.engine.load import load
-        from unspool.evaluate.protocol import ClipProtocol, StageProtocol, StreamProtocol
         from unspool.evaluate.report import summarise
         from unspool.evaluate.runner import Arm as Tested
-        from unspool.evaluate.runner import mark, scorer_mark
         from unspool.evaluate.stage import Evaluation
         from unspool.weights.read import read_checkpoint
 
-        config = StageProtocol(
-            stage=STAGE, batch=32,
-            clips=ClipProtocol(prompts=prompts, held_out=0, sprites=(1.0,), frames=FRAMES, unconditional=0),
-            streams=StreamProtocol(prompts=max(streams, 1), seconds=20.0, segment_s=5.0),
-        )  # fmt: skip
+        config = protocol(prompts, streams)
         weights = self.weights(name, arm)
-        digest, told = hashlib.sha256(weights.read_bytes()).hexdigest(), to_dict(config)
-        made_of = mark(digest, LATENTS, arm.steps, scorer_mark(), told["streams"] if streams else {})
+        assert weights == self.file(name, arm)
+        made_of = scored_by(weights, arm, prompts, streams)
         kept = self.home / "scores" / f"{name}-{prompts}-{streams}.json"
         if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))).get("made_of") == made_of:
             return found
@@ -252,6 +252,20 @@ class Ablation:
             ]
 
 
+def protocol(prompts: int, streams: int) -> StageProtocol:
+    return StageProtocol(
+        stage=STAGE, batch=32,
+        clips=ClipProtocol(prompts=prompts, held_out=0, sprites=(1.0,), frames=FRAMES, unconditional=0),
+        streams=StreamProtocol(prompts=max(streams, 1), seconds=20.0, segment_s=5.0),
+    )  # fmt: skip
+
+
+def scored_by(weights: Path, arm: Arm, prompts: int, streams: int) -> str:
+    """What scores are of: weights, steps, scorer and streams. Those of anything else are never shown beside them."""
+    digest, told = hashlib.sha256(weights.read_bytes()).hexdigest(), to_dict(protocol(prompts, streams))
+    return mark(digest, LATENTS, arm.steps, scorer_mark(), told["streams"] if streams else {})
+
+
 def picture(ablation: Ablation, path: Path) -> None:
     """The arms of PICTURE that are there, under each other."""
     found = [samples for name in PICTURE if (samples := ablation.samples(name))]
@@ -267,11 +281,17 @@ COLUMNS = {
 
 
 def found_scores(out: Path, setting: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Seed -> arm -> scores of all that `out` holds for as many prompts and streams."""
+    """Seed -> arm -> scores of all that `out` holds for as many prompts and streams, by the present protocol."""
     rows: dict[str, dict[str, Any]] = {}
-    for file in sorted(out.glob(f"seed-*/scores/*-{setting['prompts']}-{setting['streams']}.json")):
+    prompts, streams = setting["prompts"], setting["streams"]
+    for file in sorted(out.glob(f"seed-*/scores/*-{prompts}-{streams}.json")):
         seed, name = file.parts[-3].removeprefix("seed-"), file.name.split("-")[0]
-        rows.setdefault(seed, {})[name] = json.loads(file.read_text(encoding="utf-8"))
+        row = json.loads(file.read_text(encoding="utf-8"))
+        weights = Ablation(out, Path(), int(seed), []).file(name, ARMS[name])
+        if weights.is_file() and row["made_of"] != scored_by(weights, ARMS[name], prompts, streams):
+            print(f"seed {seed}, {name}: scored by an earlier protocol or of other weights, left out; run it again")
+            continue
+        rows.setdefault(seed, {})[name] = row
     return rows
 
 
@@ -333,6 +353,7 @@ def main() -> None:
                     f"seed {seed}, {name}: {ablation.scores(name, ARMS[name], args.prompts, args.streams)}", flush=True
                 )
     setting = {name: getattr(args, name) for name in ("clips", "paths", "prompts", "streams", "overrides")}
+    setting |= {"motions": list(StreamProtocol().motions), "scorer": scorer_mark()}  # of the streams
     rows = merge(args.results, setting, found_scores(args.out, setting))
     results = {
         name: own for name in names if (own := [rows[seed][name] for seed in sorted(rows) if name in rows[seed]])
