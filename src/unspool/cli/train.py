@@ -20,7 +20,7 @@ class Args:
     """Train what a recipe describes. The same command continues a run that was stopped, killed or interrupted.
 
     Ctrl-C and SIGTERM save a checkpoint and end with exit code 0. Under torchrun the same recipe runs on all processes:
-    torchrun --nproc-per-node 8 -m unspool.cli.main train RECIPE
+    torchrun --nproc-per-node 8 -m unspool train RECIPE
     """
 
     recipe: tyro.conf.Positional[str] = ""

@@ -19,7 +19,7 @@ from unspool.recipes.finetune_video import VideosRecipe
 from unspool.recipes.overfit_report import OverfitReport, OverfitReportConfig
 from unspool.recipes.stage import LATENT_CHANNELS, train_config
 from unspool.recipes.stage_folder import EXAMPLES, VOCABULARY
-from unspool.recipes.stage_parts import CLIP, ShortClips, caption_config, latent_clips
+from unspool.recipes.stage_parts import CLIP, ShortClips, caption_config, latent_clips, made_first, need
 from unspool.train.config import TrainConfig
 from unspool.train.recipe import Recipe
 
@@ -75,10 +75,13 @@ class PrefixStageRecipe(Recipe):
 
         if not self.mixed_codecs:
             check_codecs(self.data, self.start, codec=self.codec)
+        need("text", self.text, self.size_px)
         text = CaptionEncoder.from_single_file(self.text).requires_grad_(self.learn_text)
         return begin_from(clean_prefix(self.network, self.method, text, device), self.start)
 
     def build_source(self) -> Source:
+        longer = f"{made_first(self.size_px)}, and docs/ca2vdm.md has the command for clips of 113 frames"
+        need("data", self.data, self.size_px, longer)
         return latent_clips(self.data, self.short, in_memory=self.in_memory, frames=self.frames)
 
     def callbacks(self) -> Sequence[Callback]:
@@ -206,8 +209,7 @@ def cyclic_method(*, chunk: int, past_chunks: int) -> CleanPrefixConfig:
 
 
 def ca2vdm_stage() -> PrefixStageRecipe:
-    """Ca2-VDM on the 64 px stage: `unspool train ca2vdm-stage --out runs/ca2vdm`, after codec, text encoder and latents
-    (docs/ca2vdm.md has the commands).
+    """Ca2-VDM on the 64 px stage, after codec, text encoder and latents: the commands are in docs/ca2vdm.md.
 
     11 M parameters from nothing: chunks of 4 latent frames (1 s), a past of 17, 21 cyclic positions, clips of 29 latent
     frames, so that windows without the first one, which alone stands for one pixel frame, are met in training. About
@@ -225,8 +227,10 @@ def ca2vdm_stage() -> PrefixStageRecipe:
 
 
 def vid_gpt_stage() -> PrefixStageRecipe:
-    """ViD-GPT on the 64 px stage (arXiv:2406.10981): as ca2vdm-stage, but all of the past is read, at positions that
-    never turn and without prefix-enhanced attention. Good for the 113 frames of a training clip, then untrained.
+    """ViD-GPT on the 64 px stage (arXiv:2406.10981): as ca2vdm-stage, but all of the past is read.
+
+    Positions never turn, and there is no prefix-enhanced attention. Good for the 113 frames of a training clip, then
+    untrained.
     """
     made = ca2vdm_stage()
     return replace(

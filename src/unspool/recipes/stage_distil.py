@@ -217,7 +217,7 @@ def consistency_64() -> ConsistencyRecipe:
 
 
 def consistency_128() -> ConsistencyRecipe:
-    """The same at 128 px; for one GPU, not run yet."""
+    """Few-step initialisation of the 128 px stage, without stored paths; for one GPU, not run yet."""
     return _consistency(128, train_config(
         steps=1500, batch=48, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True))  # fmt: skip
 
@@ -232,8 +232,10 @@ def ode_64() -> OdeRecipe:
 
 
 def self_forcing_64() -> DmdRecipe:
-    """The shipped few-step student: rollouts of three chunks (Self-Forcing), scored by the many-step student, which at
-    this budget knows more than the bidirectional teacher does (that one: `self_forcing_64_bidirectional`)."""
+    """Rollouts of three chunks (Self-Forcing), scored by the many-step student: the shipped one before long tuning.
+
+    At this budget the many-step student knows more than the bidirectional teacher does (that one:
+    `stage-64-self-forcing-bidirectional`)."""
     steps, score = 1300, ScoreConfig(guidance_from_uncond=GUIDANCE, reads="clean_past", plan=chunks())
     recipe = _dmd(64, replace(_rollouts(64), frames=SHORT), steps=steps, batch=16)
     method = replace(recipe.method, teacher=score, critic=replace(score, guidance_from_uncond=1.0), ratio=3)
@@ -251,8 +253,9 @@ def self_forcing_128() -> DmdRecipe:
 
 
 def long_64() -> DmdRecipe:
-    """After `self_forcing_64`: the end of rollouts of up to eleven chunks, near which the prompt changes, in the window
-    that streams are run with (long tuning, arXiv:2509.22622).
+    """Long tuning (arXiv:2509.22622) after `stage-64-self-forcing`: the end of long rollouts whose prompt changes.
+
+    Up to eleven chunks, in the window that streams are run with; the change comes near what is scored.
 
     Two CPU cores: 46 minutes. Untouched things after a change of prompt .91 (.86), clips and streams as before: what
     holds streams is that commit passes are told .1 (docs/stage-model.md)."""

@@ -214,10 +214,10 @@ def made_first(size_px: int) -> str:
     return f"`unspool stage-model --size {size_px} --until latents{parts}` makes codec, text encoder and latents"
 
 
-def need(name: str, path: str, size_px: int) -> None:
-    """Raise FileNotFoundError, with the command that makes it, for a file or folder of the stage that is not there."""
+def need(name: str, path: str, size_px: int, made: str = "") -> None:
+    """Raise FileNotFoundError, with what makes it, for a file or folder of the stage that is not there."""
     if not Path(path).exists():
-        raise FileNotFoundError(f"{name}={path} is not there; {made_first(size_px)}, or give another {name}=")
+        raise FileNotFoundError(f"{name}={path} is not there; {made or made_first(size_px)}, or give another {name}=")
 
 
 def latent_clips(
