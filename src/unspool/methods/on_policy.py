@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from unspool.causal.cache.kv import KVCache
 from unspool.causal.chunks import ChunkPlan
 from unspool.causal.context import Backend
 from unspool.causal.position import Absolute
@@ -243,6 +245,7 @@ class _Run:
             timeline(self.prompts, self.config.plan, self.noise.shape[2], {self.turn: self.config.switch_policy}),
             noise=RecordedNoise(initial, renoise if last else None),
             latent_size=(initial.shape[-2], initial.shape[-1]),
+            cache=partial(KVCache, block_frames=initial.shape[1]),  # where no window bounds it: what it will ever hold
             grad=lambda chunk, step: step == last and chunk >= first,
         )
         count = len(self.config.plan.chunks(0, self.noise.shape[2]))
