@@ -30,7 +30,7 @@ def test_preview_writes_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [p.name for p in out.parent.iterdir()] == ["sheet.png"]
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
 def test_preview_writes_a_film(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"wall{suffix}"
     args = ["data", "preview", "--clips", "2", "--size", "32", "--seconds", "1", "--fps", "4", "--split", "heldout"]

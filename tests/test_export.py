@@ -16,7 +16,7 @@ from unspool.engine import export
 from unspool.engine import files as files_module
 from unspool.engine.export import contact_sheet, read_metadata, time_labels, write_video
 
-SUFFIXES = [".mp4", ".gif", ".png", ".npy"]
+SUFFIXES = [".mp4", ".gif", ".webp", ".png", ".npy"]
 META = {"seed": 3, "prompt": "a résumé 映画", "schedule": [1.0, 0.9375, 0.0], "nested": {"sink": None}}
 
 
@@ -78,14 +78,28 @@ def test_npy_is_exact_and_streams_join(tmp_path: Path) -> None:
     assert (np.load(tmp_path / "a.npy") == frames).all()
 
 
-def test_gif_keeps_its_length(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.gif", smooth(31, 12, 12), 16)
-    with Image.open(tmp_path / "a.gif") as image:
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_animations_keep_their_length(tmp_path: Path, suffix: str) -> None:
+    write_video(tmp_path / f"a{suffix}", smooth(31, 12, 12), 16)
+    with Image.open(tmp_path / f"a{suffix}") as image:
         total_ms = 0
         for index in range(image.n_frames):
             image.seek(index)
+            image.load()
             total_ms += image.info["duration"]
     assert abs(total_ms - 1000 * 31 / 16) <= 10
+
+
+def test_webp_shows_the_frames(tmp_path: Path) -> None:
+    frames = smooth(1, 32, 48).repeat(5, 0)
+    for index in range(5):
+        frames[index, 4:12, 8 * index : 8 * index + 8] = (255, 0, 0)  # else the format joins frames that look alike
+    write_video(tmp_path / "a.webp", frames, 16)
+    with Image.open(tmp_path / "a.webp") as image:
+        assert image.n_frames == 5
+        for index, frame in enumerate(frames):
+            image.seek(index)
+            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - frame).mean() < 6
 
 
 @pytest.mark.parametrize("count", [1, 5, 64, 65, 300])
@@ -230,7 +244,7 @@ def test_contact_sheet_refuses_what_makes_no_picture() -> None:
 def test_read_metadata_of_other_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_metadata(tmp_path / "a.mp4")
-    for suffix in (".mp4", ".gif", ".png"):
+    for suffix in (".mp4", ".gif", ".webp", ".png"):
         (tmp_path / f"a{suffix}").write_bytes(b"not a video")
         with pytest.raises(ValueError, match="not a readable"):
             read_metadata(tmp_path / f"a{suffix}")

@@ -58,7 +58,7 @@ def test_generate_says_when_a_switch_takes_effect(model: str, capsys: pytest.Cap
     assert Path("out/video.mp4").is_file()
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
 def test_replay_makes_the_same_frames(model: str, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = f"a{suffix}"
     assert main(["generate", RED, "-o", file, "--seconds", "2", "--at", "1", BLUE, "--model", model]) == 0

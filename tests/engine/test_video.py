@@ -17,7 +17,7 @@ from unspool.engine.video import enlarged, scale_for
 RED, BLUE = "a red ball bounces at sunset", "a blue star drifts left at night"
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png", ".npy"])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".png", ".npy"])
 def test_every_format_carries_the_record_that_makes_the_frames_again(tmp_path: Path, suffix: str) -> None:
     clip = shared().generate("résumé 映画 " + RED, frames=20, seed=9, switches=[(0.5, BLUE)], guidance=1.5)
     record = read_record(clip.save(tmp_path / f"a{suffix}"))
@@ -36,7 +36,7 @@ def test_metadata_may_come_after_the_last_frame(tmp_path: Path) -> None:
             yield frames
             seen.append(1)
 
-    for suffix in (".mp4", ".gif", ".png", ".npy"):
+    for suffix in (".mp4", ".gif", ".webp", ".png", ".npy"):
         seen.clear()
         path = write_video(tmp_path / f"a{suffix}", chunks(), 16, metadata=lambda: {"chunks": len(seen)})
         assert read_metadata(path) == {"chunks": 2}

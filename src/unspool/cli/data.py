@@ -43,7 +43,7 @@ class Preview:
     fps: float = 16.0
     """Frames per second; the same motion at any rate."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out/stage.png")
-    """File to write: .png is a sheet, .mp4 and .gif a film of all clips beside each other."""
+    """File to write: .png is a sheet, .mp4, .gif and .webp a film of all clips beside each other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ def _preview(args: Preview) -> int:
     from unspool.engine.export import check_target, write_video
 
     frames = _checked(args.clips, args.size, args.fps, args.seconds)
-    if args.out.suffix.lower() not in (".png", ".mp4", ".gif"):
-        raise ValueError(f"--out {args.out}: expected .png for a sheet, .mp4 or .gif for a film")
+    if args.out.suffix.lower() not in (".png", ".mp4", ".gif", ".webp"):
+        raise ValueError(f"--out {args.out}: expected .png for a sheet, .mp4, .gif or .webp for a film")
     if args.out.parent != Path("."):
         args.out.parent.mkdir(parents=True, exist_ok=True)
     check_target(args.out)

@@ -34,7 +34,7 @@ class Args:
     """
 
     out: Path = Path("out/demo.mp4")
-    """Video to write (.mp4, .gif, .png or .npy)."""
+    """Video to write (.mp4, .gif, .webp, .png or .npy)."""
     seconds: float = 20.0
     """Length of the video; the prompt changes after 35 % and 70 % of it."""
     model: str = "stage"

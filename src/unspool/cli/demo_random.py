@@ -27,7 +27,7 @@ class Args:
     """
 
     out: str = "out/demo.mp4"
-    """Video to write (.mp4, .gif, .npy or .png); a contact sheet is written beside it."""
+    """Video to write (.mp4, .gif, .webp, .npy or .png); a contact sheet is written beside it."""
     chunks: int = 16
     """Chunks of three latent frames."""
     window: int = 12

@@ -57,7 +57,7 @@ class StreamArgs:
     compile: bool = False
     """Fuse small kernels first: slower to start, faster to run."""
     scale: int | None = None
-    """Enlarge mp4 and gif that many times; to about 256 px if not given. Frames in .npy are never enlarged."""
+    """Enlarge mp4, gif and webp that many times; to about 256 px if not given. Frames in .npy are never enlarged."""
     filter: Literal["lanczos", "nearest"] = "lanczos"
     """How they are enlarged: smoothly, or by repeating pixels."""
 
@@ -75,7 +75,7 @@ class Args(StreamArgs):
     prompt: tyro.conf.Positional[str]
     """What the video shows. An empty one leaves it to the model."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = DEFAULT_FOLDER / "video.mp4"
-    """File to write: .mp4, .gif, .png (a sheet of frames) or .npy (the raw frames)."""
+    """File to write: .mp4, .gif, .webp, .png (a sheet of frames) or .npy (the raw frames)."""
     seconds: float | None = None
     """Length of the video; the model's usual one if not given."""
     json: bool = False

@@ -27,7 +27,7 @@ class Args:
     """
 
     video: tyro.conf.Positional[Path]
-    """A file that unspool wrote: .mp4, .gif, .png or .npy."""
+    """A file that unspool wrote: .mp4, .gif, .webp, .png or .npy."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Where to write it again; if not given it is only compared."""
     model: str | None = None

@@ -29,6 +29,8 @@ SHEET_MAX_TILES = 64
 SHEET_COLUMNS = 8
 SHEET_TILE_PX = 128
 LABEL_STRIP_PX = 14
+IMAGE_DESCRIPTION = 0x010E
+"""The EXIF tag that holds the metadata of a WebP."""
 
 
 Comment = Callable[[], "str | None"]
@@ -40,7 +42,8 @@ def write_video(path: str | Path, frames: Iterable[Frames], fps: float, *, metad
     """Write chunks of frames to `path` as they arrive and return the path.
 
     `.mp4` H.264 yuv420p BT.709 (an odd height or width is padded by repeating the last row or column); `.gif`
-    (fps rounded to hundredths of a second); `.png` a contact sheet of up to 64 frames; `.npy` the array itself.
+    (fps rounded to hundredths of a second); `.webp` animated, smaller than a gif (frames that look alike are joined);
+    `.png` a contact sheet of up to 64 frames; `.npy` the array itself.
     `metadata` is JSON data kept in the comment tag, for `.npy` in `<name>.npy.json`; `read_metadata` returns it.
 
     Raises ValueError before the first frame is asked for if the target cannot be written, the suffix is unknown, or fps
@@ -251,6 +254,25 @@ def _write_gif(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: Co
     )
 
 
+def _write_webp(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: Comment) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for chunk in chunks for frame in chunk]
+    ends_ms = [round(1000 * index / rate) for index in range(len(images) + 1)]
+    exif = Image.Exif()
+    exif[IMAGE_DESCRIPTION] = comment() or ""
+    images[0].save(
+        path,
+        format="WEBP",
+        save_all=True,
+        append_images=images[1:],
+        duration=[end - start for start, end in itertools.pairwise(ends_ms)],
+        loop=0,
+        quality=80,
+        exif=exif,
+    )
+
+
 def _write_png(path: Path, chunks: Iterator[Frames], rate: Fraction, comment: Comment) -> None:
     from PIL.PngImagePlugin import PngInfo
 
@@ -298,11 +320,19 @@ def _read_comment(source: Path, suffix: str) -> str:
 
     with Image.open(source) as image:
         image.load()
+        if suffix == ".webp":
+            return str(image.getexif().get(IMAGE_DESCRIPTION, ""))
         comment = image.info.get("comment" if suffix == ".gif" else "Comment", "")
     return comment.decode() if isinstance(comment, bytes) else str(comment)
 
 
 Writer = Callable[[Path, Iterator[Frames], Fraction, Comment], None]
 
-WRITERS: dict[str, Writer] = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png, ".npy": _write_npy}
+WRITERS: dict[str, Writer] = {
+    ".mp4": _write_mp4,
+    ".gif": _write_gif,
+    ".webp": _write_webp,
+    ".png": _write_png,
+    ".npy": _write_npy,
+}
 """Suffix -> function that writes all chunks to a path."""

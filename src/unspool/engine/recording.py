@@ -14,7 +14,7 @@ from unspool.engine.record import FrameHash, Record
 from unspool.engine.session import Session
 from unspool.engine.video import Filter, enlarged, scale_for
 
-HELD_IN_MEMORY = (".gif", ".npy")
+HELD_IN_MEMORY = (".gif", ".webp", ".npy")
 """Formats whose writers hold all frames until the end."""
 
 

@@ -42,9 +42,9 @@ class Video:
         return len(self.frames) / self.fps
 
     def save(self, path: str | os.PathLike[str], *, scale: int | None = None, filter: Filter = "lanczos") -> Path:
-        """Write .mp4, .gif, .png (a sheet) or .npy with the record in the metadata, and return the path.
+        """Write .mp4, .gif, .webp, .png (a sheet) or .npy with the record in the metadata, and return the path.
 
-        `scale` enlarges mp4 and gif for viewing (None: to about 256 px); .npy holds the frames as they are.
+        `scale` enlarges mp4, gif and webp for viewing (None: to about 256 px); .npy holds the frames as they are.
         Raises ValueError for a target that cannot be written.
         """
         target = Path(path)
