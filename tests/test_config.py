@@ -254,6 +254,40 @@ def test_a_class_of_a_union_is_chosen_by_its_name() -> None:
         cfg.apply_overrides(Choice(see=Full()), ["see=Window"])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shown:
+    moving: bool = True
+    length: int = 9
+    see: Full | Window | Sampled = dataclasses.field(default_factory=Full)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    moving: bool = False
+    length: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+    how: Shown | Kept = dataclasses.field(default_factory=Kept)
+
+
+def test_of_another_class_only_what_was_set_is_kept() -> None:
+    assert cfg.apply_overrides(Choices(), ["how=Shown"]).how == Shown()
+    assert cfg.apply_overrides(Choices(how=Kept(length=5)), ["how=Shown"]).how == Shown(length=5)
+    assert cfg.apply_overrides(Choices(how=Shown(moving=False)), ["how=Kept"]).how == Kept()
+    assert cfg.apply_overrides(Choices(how=Kept(moving=True, length=2)), ["how=Kept"]).how == Kept(moving=True)
+
+
+def test_a_chosen_class_may_choose_in_turn() -> None:
+    nested = ["how._type=Shown", "how.see._type=Window", "how.see.window=4"]
+    assert cfg.apply_overrides(Choices(), nested).how == Shown(see=Window(window=4))
+    by_name = ["how._type=Shown", "how.see=Sampled"]
+    with pytest.raises(ValueError, match=r"Sampled also needs how\.see\.window"):
+        cfg.apply_overrides(Choices(), by_name)
+    assert cfg.apply_overrides(Choices(how=Shown(see=Window(window=3))), by_name).how == Shown(see=Sampled(window=3))
+
+
 class Loose:
     pass
 

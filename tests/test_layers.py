@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = "unspool"
 
 ROOMS: list[tuple[str, ...]] = [
-    ("shapes", "geometry", "config", "weights", "log"),
+    ("shapes", "geometry", "annotations", "config", "weights", "log"),
     ("diffusion",),
     ("ops",),
     ("causal",),

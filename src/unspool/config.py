@@ -11,13 +11,24 @@ import difflib
 import enum
 import importlib
 import re
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar
 
 import yaml
+
+from unspool.annotations import (
+    by_name,
+    configs_of,
+    defaults_of,
+    fields_of,
+    is_config,
+    item_hint,
+    members_of,
+    name_of,
+    required_of,
+)
 
 Config = TypeVar("Config")
 
@@ -36,7 +47,7 @@ def to_dict(config: object, *, where: str = "") -> dict[str, Any]:
     Tuples become lists, paths and enums strings. Where a union of several dataclasses is annotated, the chosen class is
     kept under `_type`. `from_dict(type(config), to_dict(config)) == config`. Raises ValueError for other values.
     """
-    hints = _fields(type(config))
+    hints = fields_of(type(config))
     return {name: _plain(getattr(config, name), hint, _join(where, name)) for name, hint in hints.items()}
 
 
@@ -49,12 +60,12 @@ def from_dict(cls: type[Config], data: Mapping[str, Any], *, where: str = "") ->
         raise ValueError(
             f"{where or cls.__name__}: got {_show(data)}, expected a mapping of the fields of {cls.__name__}"
         )
-    hints = _fields(cls)
+    hints = fields_of(cls)
     for name in data:
         if name not in hints:
             raise ValueError(_unknown(_join(where, str(name)), str(name), hints))
     values = {name: _convert(data[name], hints[name], _join(where, name)) for name in hints if name in data}
-    missing = [name for name in _required(cls) if name not in values]
+    missing = [name for name in required_of(cls) if name not in values]
     if missing:
         raise ValueError(f"{where or cls.__name__}: missing {', '.join(missing)}; {cls.__name__} has no default for it")
     return cls(**values)
@@ -90,7 +101,7 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     tuples and lists, one of a Literal. Several overrides of one dataclass are applied together, so `__post_init__`
     never sees a half-changed one; of two for the same key the last wins. Where a field may be one of several
     dataclasses, its class name chooses one: `loss=Sid`, or with fields of it `loss._type=Sid loss.alpha=0.5`; what both
-    have in common is kept.
+    have is kept where it was set to something else than its default.
     """
     tree: dict[str, Any] = {}
     for item in overrides:
@@ -133,90 +144,62 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _replace(config: Any, tree: Mapping[str, Any], where: str) -> Any:
-    hints = _fields(type(config))
+    hints = fields_of(type(config))
     changes: dict[str, Any] = {}
     for name, value in tree.items():
         key = _join(where, name)
         if name not in hints:
             raise ValueError(_unknown(key, name, hints))
-        if isinstance(value, str) and len(_configs(hints[name])) > 1 and value in _by_name(hints[name]):
-            value = {TYPE_KEY: value}
-        current = getattr(config, name)
-        if isinstance(value, Mapping) and current is None and len(only := [*_by_name(hints[name])]) == 1:
-            value = {TYPE_KEY: only[0], **value}  # its first fields make it
-        if isinstance(value, Mapping) and TYPE_KEY in value:
-            changes[name] = _chosen(current, hints[name], value, key)
-        elif isinstance(value, Mapping):
-            if not _is_config(current):
-                told = f"is {_show(current)}, which has no fields to set ({key}.{next(iter(value))}=...)"
-                raise ValueError(f"{key}: {told}")
-            changes[name] = _replace(current, value, key)
-        else:
-            changes[name] = _parse(value, hints[name], key)
+        changes[name] = _member(getattr(config, name), hints[name], value, key)
     return dataclasses.replace(config, **changes)
 
 
+def _member(current: Any, hint: Any, value: Any, key: str) -> Any:
+    """The value of one field: text, a tree of changes to the dataclass that is there, or another dataclass."""
+    choices = by_name(hint)
+    if isinstance(value, str) and len(choices) > 1 and value in choices:
+        value = {TYPE_KEY: value}
+    if isinstance(value, Mapping) and current is None and len(choices) == 1:
+        value = {TYPE_KEY: next(iter(choices)), **value}  # its first fields make it
+    if isinstance(value, Mapping) and TYPE_KEY in value:
+        return _chosen(current, hint, value, key)
+    if not isinstance(value, Mapping):
+        return _parse(value, hint, key)
+    if not is_config(current):
+        told = f"is {_show(current)}, which has no fields to set ({key}.{next(iter(value))}=...)"
+        raise ValueError(f"{key}: {told}")
+    return _replace(current, value, key)
+
+
 def _chosen(current: Any, hint: Any, tree: Mapping[str, Any], where: str) -> Any:
-    """Another dataclass of a union, by its name; what it has in common with the present one is kept."""
-    by_name = _by_name(hint)
-    cls = by_name.get(tree[TYPE_KEY])
+    """Another dataclass of a union, by its name. What was set of the present one, and both have, is kept."""
+    choices = by_name(hint)
+    cls = choices.get(tree[TYPE_KEY])
     if cls is None:
-        raise ValueError(f"{where}.{TYPE_KEY}={tree[TYPE_KEY]}: expected one of {', '.join(by_name) or 'none'}")
-    own, theirs = _fields(cls), _fields(type(current)) if _is_config(current) else {}
-    values = {name: getattr(current, name) for name, kind in own.items() if theirs.get(name) == kind}
+        raise ValueError(f"{where}.{TYPE_KEY}={tree[TYPE_KEY]}: expected one of {', '.join(choices) or 'none'}")
+    own, theirs = fields_of(cls), fields_of(type(current)) if is_config(current) else {}
+    usual = {} if isinstance(current, cls) else defaults_of(type(current)) if theirs else {}
+    values = {
+        name: getattr(current, name)
+        for name, kind in own.items()
+        if theirs.get(name) == kind and (name not in usual or getattr(current, name) != usual[name])
+    }
+    defaults = defaults_of(cls)
     for name, value in tree.items():
         if name == TYPE_KEY:
             continue
         if name not in own:
             raise ValueError(_unknown(_join(where, name), name, own))
-        if isinstance(value, Mapping):
-            if not _is_config(values.get(name)):
-                raise ValueError(f"{where}.{name}: has no value yet whose fields could be set")
-            values[name] = _replace(values[name], value, _join(where, name))
-        else:
-            values[name] = _parse(value, own[name], _join(where, name))
-    missing = [name for name in _required(cls) if name not in values]
+        values[name] = _member(values.get(name, defaults.get(name)), own[name], value, _join(where, name))
+    missing = [name for name in required_of(cls) if name not in values]
     if missing:
         raise ValueError(f"{where}: {cls.__name__} also needs {where}.{missing[0]}=...")
     return cls(**values)
 
 
-def _by_name(hint: Any) -> dict[str, type]:
-    return {config.__name__: config for config in _configs(hint)}
-
-
-def _fields(cls: type) -> dict[str, Any]:
-    """Init fields and their resolved annotations."""
-    if not dataclasses.is_dataclass(cls):
-        raise TypeError(f"{cls.__name__} is not a dataclass")
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
-
-
-def _required(cls: type) -> list[str]:
-    return [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of an annotation: those of a union, else the annotation alone."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _configs(hint: Any) -> list[type]:
-    return [member for member in _members(hint) if isinstance(member, type) and dataclasses.is_dataclass(member)]
-
-
-def _is_config(value: object) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
 def _plain(value: Any, hint: Any, where: str) -> Any:
-    if _is_config(value):
-        tag = {TYPE_KEY: type(value).__name__} if len(_configs(hint)) > 1 else {}
+    if is_config(value):
+        tag = {TYPE_KEY: type(value).__name__} if len(configs_of(hint)) > 1 else {}
         return {**tag, **to_dict(value, where=where)}
     if isinstance(value, enum.Enum):
         return value.value
@@ -226,38 +209,28 @@ def _plain(value: Any, hint: Any, where: str) -> Any:
         inner = (typing.get_args(hint) or (None, None))[-1]
         return {str(key): _plain(item, inner, _join(where, str(key))) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item, _item_hint(hint, i), _join(where, str(i))) for i, item in enumerate(value)]
+        return [_plain(item, item_hint(hint, i), _join(where, str(i))) for i, item in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"{where}: got {_show(value)}; to be kept, {type(value).__name__} must be a frozen dataclass")
 
 
-def _item_hint(hint: Any, index: int) -> Any:
-    for member in _members(hint):
-        args = typing.get_args(member)
-        if typing.get_origin(member) is tuple and not (len(args) == 2 and args[1] is Ellipsis):
-            return args[index] if index < len(args) else None
-        if typing.get_origin(member) in (tuple, list, Sequence):
-            return args[0]
-    return None
-
-
 def _first_fit(hint: Any, value: Any, where: str, attempt: Callable[[Any], Any]) -> Any:
     """`attempt` with each alternative of `hint` until one raises no ValueError; str, which takes any text, last."""
     errors = []
-    for member in sorted(_members(hint), key=lambda member: member is str):
+    for member in sorted(members_of(hint), key=lambda member: member is str):
         try:
             return attempt(member)
         except ValueError as error:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
-    raise ValueError(f"{where}: got {_show(value)}, expected {_name(hint)}")
+    raise ValueError(f"{where}: got {_show(value)}, expected {name_of(hint)}")
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Plain data (as JSON or YAML gives it) to the annotated type; ValueError where it does not fit."""
-    configs = _configs(hint)
+    configs = configs_of(hint)
     if isinstance(value, Mapping) and configs:
         return (
             from_dict(configs[0], value, where=where) if len(configs) == 1 else _convert_tagged(value, configs, where)
@@ -266,16 +239,16 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _convert_tagged(value: Mapping[str, Any], configs: list[type], where: str) -> Any:
-    by_name = {config.__name__: config for config in configs}
+    choices = {config.__name__: config for config in configs}
     chosen = value.get(TYPE_KEY)
-    if chosen not in by_name:
-        raise ValueError(f"{where}: {TYPE_KEY} is {_show(chosen)}, expected one of {', '.join(by_name)}")
-    return from_dict(by_name[chosen], {k: v for k, v in value.items() if k != TYPE_KEY}, where=where)
+    if chosen not in choices:
+        raise ValueError(f"{where}: {TYPE_KEY} is {_show(chosen)}, expected one of {', '.join(choices)}")
+    return from_dict(choices[chosen], {k: v for k, v in value.items() if k != TYPE_KEY}, where=where)
 
 
 def _convert_one(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    wrong = ValueError(f"{where}: got {_show(value)}, expected {_name(hint)}")
+    wrong = ValueError(f"{where}: got {_show(value)}, expected {name_of(hint)}")
     if hint is Any:
         return value
     if origin is Literal:
@@ -323,23 +296,23 @@ def _convert_scalar(value: Any, hint: Any, wrong: ValueError) -> Any:
 
 def _convert_items(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{where}: got {_show(value)}, expected {_name(hint)}")
+        raise ValueError(f"{where}: got {_show(value)}, expected {name_of(hint)}")
     args = typing.get_args(hint)
     is_fixed = typing.get_origin(hint) is tuple and not (len(args) == 2 and args[1] is Ellipsis)
     if is_fixed and len(value) != len(args):
-        raise ValueError(f"{where}: got {len(value)} values {_show(value)}, expected {len(args)}: {_name(hint)}")
-    items = [_convert(item, _item_hint(hint, index), f"{where}[{index}]") for index, item in enumerate(value)]
+        raise ValueError(f"{where}: got {len(value)} values {_show(value)}, expected {len(args)}: {name_of(hint)}")
+    items = [_convert(item, item_hint(hint, index), f"{where}[{index}]") for index, item in enumerate(value)]
     return items if typing.get_origin(hint) is list else tuple(items)
 
 
 def _parse(text: str, hint: Any, where: str) -> Any:
     """Text of a command line to the annotated type."""
-    if type(None) in _members(hint) and text.lower() in _NONE:
+    if type(None) in members_of(hint) and text.lower() in _NONE:
         return None
-    configs = _configs(hint)
+    configs = configs_of(hint)
     if configs:
-        example = f"{where}.{next(iter(_fields(configs[0])), '...')}=..."
-        raise ValueError(f"{where}: set the fields of {_name(hint)} one by one, e.g. {example}")
+        example = f"{where}.{next(iter(fields_of(configs[0])), '...')}=..."
+        raise ValueError(f"{where}: set the fields of {name_of(hint)} one by one, e.g. {example}")
     return _first_fit(hint, text, where, lambda member: _parse_one(text, member, where))
 
 
@@ -354,7 +327,7 @@ def _parse_one(text: str, hint: Any, where: str) -> Any:
         value = next((choice for choice in args if str(choice) == text), text)
     elif origin in (tuple, list, Sequence):
         parts = _split(text)
-        value = [_parse(part, _item_hint(hint, index), f"{where}[{index}]") for index, part in enumerate(parts)]
+        value = [_parse(part, item_hint(hint, index), f"{where}[{index}]") for index, part in enumerate(parts)]
     elif isinstance(hint, type) and issubclass(hint, enum.Enum):
         value = next((member.value for member in hint if str(member.value) == text), text)
     return _convert_one(value, hint, where)
@@ -386,14 +359,3 @@ def _join(where: str, name: str) -> str:
 def _show(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _name(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, args))
-    if origin in (Union, types.UnionType):
-        return " or ".join(_name(member) for member in args)
-    if hint in (None, type(None)):
-        return "none"
-    return str(hint) if args or not isinstance(hint, type) else hint.__name__

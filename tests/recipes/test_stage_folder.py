@@ -129,8 +129,7 @@ def test_a_window_and_positions_are_taken_at_their_word(home: Path) -> None:
     cyclic = ("method.positions._type=Cyclic", "method.positions.length=12", "method.positions.offset=1")
     rollout = made("student", home, *WINDOWED, *cyclic, "method.visibility.sink=0").rollout()
     assert rollout.positions == "cyclic" and rollout.position_options == {"length": 12, "offset": 1}
-    anchored = ("method.positions._type=ReanchoredSink", "method.positions.moves_keys=true")
-    rollout = made("student", home, *anchored, "method.plan.first=1").rollout()
+    rollout = made("student", home, "method.positions=ReanchoredSink", "method.plan.first=1").rollout()
     assert (rollout.positions, rollout.first, rollout.window) == ("reanchored", 1, 21)
 
 
@@ -138,7 +137,7 @@ def test_a_window_and_positions_are_taken_at_their_word(home: Path) -> None:
     ("overrides", "match"),
     [
         ((*WINDOWED, "method.visibility.commit_window=6"), r"visibility=.*commit_window=6"),
-        (("method.positions._type=ReanchoredSink",), r"positions=.*moves_keys=False.*moves_keys=True"),
+        (("method.positions.moves_keys=true",), r"positions=.*moves_keys=True.*moves_keys=False"),
         (("method.plan.num_frames=21",), r"plan\.num_frames=21: expected none"),
         (("method.plan.chunk=20",), "a chunk of 20 latent frames is longer than window=21 minus sink=3"),
     ],

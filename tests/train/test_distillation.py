@@ -12,7 +12,7 @@ from toy_distillation import DistilRecipe, network, recipe, tensors, train
 
 from unspool.methods.dmd import DistributionMatching
 from unspool.train.checkpoint import find
-from unspool.train.loop import Trainer
+from unspool.train.loop import Diverged, Trainer
 from unspool.train.rng import step_rng
 
 KINDS = ["causvid", "self_forcing", "through_kv", "sid", "gan", "consistency", "ode"]
@@ -70,6 +70,19 @@ def test_two_ranks_are_one(kind: str, tmp_path: Path) -> None:
     weights = [name for name in one if name.startswith("model/")]
     worst = max((one[name] - two[name]).abs().max().item() for name in weights)
     assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["self_forcing", "causvid", "sid"])
+def test_a_teacher_that_broke_ends_the_training(kind: str, tmp_path: Path) -> None:
+    """The critic goes on well between the student's updates, which are the ones that are lost."""
+    trainer = Trainer(recipe(f"kind={kind}", "train.steps=12", "train.max_bad_steps=2"), tmp_path / "run", show=False)
+    before = tensors(trainer)
+    next(trainer.method.teacher_network.parameters()).data.fill_(torch.nan)  # type: ignore[attr-defined]
+    with pytest.raises(Diverged, match="of the student was not finite in 2 updates"):
+        trainer.run()
+    after = tensors(trainer)
+    assert trainer.state.updates["student"] == 0 and trainer.state.updates["critic"] >= 3
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("model/student/"))
 
 
 def test_a_follower_begins_as_its_role_does(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from toy import Toy, recipe, tensors, train
 from unspool.config import apply_overrides
 from unspool.data.batch import Batch
 from unspool.log import read_metrics
+from unspool.methods.base import StepResult
 from unspool.methods.draws import normal, uniform
 from unspool.train.callbacks import Every
 from unspool.train.feed import Feed
@@ -59,7 +62,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     assert apart(tensors(good), tensors(bad)) == 0
     assert bad.state.skipped == 1 and bad.state.updates == {"student": 3}
     assert math.isfinite(read_metrics(tmp_path / "bad/metrics.jsonl")[-2]["loss"])
-    with pytest.raises(Diverged, match="3 steps in a row, up to step 5"):
+    with pytest.raises(Diverged, match="of the student was not finite in 3 updates in a row, up to step 5"):
         train(tmp_path / "worse", "train.steps=9", "bad=2,3,4", "train.max_bad_steps=3", "train.save_every=2")
     assert (tmp_path / "worse/checkpoints/latest").read_text() == "step-00000004\n"
 
@@ -128,6 +131,21 @@ def test_callbacks_see_the_average_and_leave_no_trace(tmp_path: Path) -> None:
     assert apart(tensors(plain), tensors(watched)) == 0
     scores = [row for row in read_metrics(tmp_path / "watched/metrics.jsonl") if "score" in row]
     assert [row["step"] for row in scores] == [0, 2, 4, 5]
+
+
+def test_a_signal_during_the_last_step_keeps_the_last_evaluation(tmp_path: Path) -> None:
+    seen: list[int] = []
+    trainer = Trainer(recipe("train.steps=4"), tmp_path / "run", show=False)
+    trainer._callbacks = (Every(2, lambda t: seen.append(t.step)),)
+    step = trainer.method.step
+
+    def signalled(batch: Batch, role: str, number: int, rng: torch.Generator) -> StepResult:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batch, role, number, rng)
+
+    trainer.method.step = signalled  # type: ignore[method-assign]
+    assert trainer.run().is_done and seen == [2, 4]
 
 
 @pytest.mark.parametrize(

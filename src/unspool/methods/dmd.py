@@ -89,9 +89,13 @@ class Dmd:
         latents = sample.latents.detach()
         teacher, critic = scores.teacher(), scores.critic()
         gradient = dmd_gradient(latents, teacher, critic)
-        loss = dmd_loss(sample.latents, gradient, sample.counted)
+        # A single sample without a finite score counts as 0, as published. If none has one, so has the loss none, or
+        # the training would go on as if nothing were wrong.
+        lost = ~(torch.isfinite(teacher) & torch.isfinite(critic)).flatten(1).all(1)
+        loss = dmd_loss(sample.latents, gradient, sample.counted) + torch.where(lost.all(), torch.nan, 0.0)
         metrics = {
             "loss": loss.detach(),
+            "not_finite": lost.double().mean(),
             "gradient": gradient.abs().mean(),
             "teacher_distance": (latents - teacher).abs().mean(),
             "score_distance": (critic - teacher).abs().mean(),

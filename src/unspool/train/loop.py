@@ -194,7 +194,7 @@ class Trainer:
         saves, signals = self.world.sum([by_time, self.stop.by_signal]).tolist()
         if saves or (train.save_every and self.step % train.save_every == 0):
             self._save()
-        if not signals:  # whoever sent it does not wait long
+        if not signals or self.step == self._train.steps:  # whoever sent it does not wait long
             for callback in self._callbacks:
                 callback.on_step(self)
         own = self.stop.reason
@@ -212,16 +212,16 @@ class Trainer:
 
     def _step(self, batches: Sequence[Batch]) -> None:
         moved = [to_device(batch, self.device) for batch in batches]
-        is_good = True
-        for role in self.method.roles(self.step):
-            is_good = self._role_step(role, moved) and is_good
+        good = {role: self._role_step(role, moved) for role in self.method.roles(self.step)}
         self.state.step += 1
-        self.state.bad_in_a_row = 0 if is_good else self.state.bad_in_a_row + 1
-        self.state.skipped += not is_good
-        if self.state.bad_in_a_row >= self._train.max_bad_steps:
+        self.state.skipped += not all(good.values())
+        bad = self.state.bad_in_a_row  # of each role: one that seldom acts is not excused by others that do well
+        bad.update({role: 0 if is_good else bad[role] + 1 for role, is_good in good.items()})
+        worst = max(bad, key=lambda role: bad[role])
+        if bad[worst] >= self._train.max_bad_steps:
             raise Diverged(
-                f"loss or gradient was not finite in {self.state.bad_in_a_row} steps in a row, up to step {self.step}; "
-                "the last checkpoint is from before; lower optim.lr, or look at the data"
+                f"loss or gradient of the {worst} was not finite in {bad[worst]} updates in a row, up to step "
+                f"{self.step}; the last checkpoint is from before; lower optim.lr, or look at the data"
             )
 
     def _role_step(self, role: str, batches: Sequence[Batch]) -> bool:

@@ -31,8 +31,8 @@ LOOP_FIELDS = (
 class TrainState:
     """Networks by role, made ready to train, with their optimizers, averages and counters.
 
-    Attributes: `step` steps done; `updates` of each role; `skipped` steps that were not finite, `bad_in_a_row` of them
-    just now. Raises ValueError for a method that the configuration does not fit.
+    Attributes: `step` steps done; `updates` of each role; `skipped` steps that were not finite, `bad_in_a_row` updates
+    of each role that were not, just now. Raises ValueError for a method that the configuration does not fit.
     """
 
     def __init__(self, method: Method, train: TrainConfig, world: World) -> None:
@@ -54,7 +54,8 @@ class TrainState:
         self.optimizers = {role: RoleOptimizer(net, train.optim_of(role)) for role, net in self.networks.items()}
         averaged = () if train.ema is None else train.ema.roles
         self.averages = {role: Ema(self.optimizers[role].parameters, train.ema) for role in averaged if train.ema}
-        self.step = self.skipped = self.bad_in_a_row = 0
+        self.step = self.skipped = 0
+        self.bad_in_a_row = dict.fromkeys(self.networks, 0)
         self.updates = dict.fromkeys(self.networks, 0)
 
     def _check(self, train: TrainConfig) -> None:
@@ -124,7 +125,7 @@ class TrainState:
 
     def counters(self) -> dict[str, Any]:
         """Plain numbers of a checkpoint, beside the step."""
-        return {"updates": self.updates, "skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row}
+        return {"updates": self.updates, "skipped": self.skipped, "bad_in_a_row": dict(self.bad_in_a_row)}
 
     def load(self, saved: Saved, world: World) -> None:
         """Continue from a checkpoint. Raises ValueError for a damaged one, or one of other networks."""
@@ -141,7 +142,10 @@ class TrainState:
         counters = saved.state["counters"]
         self.step = saved.step
         self.updates = {role: int(counters["updates"][role]) for role in self.networks}
-        self.skipped, self.bad_in_a_row = int(counters["skipped"]), int(counters["bad_in_a_row"])
+        self.skipped, bad = int(counters["skipped"]), counters["bad_in_a_row"]
+        self.bad_in_a_row = (
+            bad if isinstance(bad, dict) else dict.fromkeys(self.networks, int(bad))
+        )  # until 0.1: of all
 
 
 def prepare(network: nn.Module, train: TrainConfig, world: World, *, offload: bool = False) -> None:
