@@ -19,7 +19,7 @@ from unspool.diffusion import PROCESSES
 from unspool.diffusion.flow import FlowMatching
 from unspool.models import BACKBONES
 from unspool.rollout import NOISE_SOURCES
-from unspool.rollout.prompts import Switch
+from unspool.rollout.prompts import PromptTimeline, Switch
 from unspool.rollout.rollout import Rollout, RolloutConfig
 from unspool.rollout.solvers import SOLVERS
 from unspool.rollout.solvers.euler import Euler
@@ -120,9 +120,15 @@ def test_a_sink_that_cannot_move_is_refused_by_name() -> None:
     stream = Rollout(shared_network(), config, text(0), noise=NOISE, latent_size=SIZE)
     for _ in range(5):
         stream.next_chunk()
-    stream.switch(text(1), policy="recache", sink="replaced")
-    with pytest.raises(ValueError, match="cannot move the sink of Mine"):
-        stream.next_chunk()
+    twin = Rollout(shared_network(), config, text(0), noise=NOISE, latent_size=SIZE)
+    for _ in range(5):
+        twin.next_chunk()
+    with pytest.raises(ValueError, match="moves the sink, and that of Mine cannot be moved"):
+        stream.switch(text(1), policy="recache", sink="replaced")
+    assert torch.equal(stream.next_chunk().latents, twin.next_chunk().latents)  # and goes on as if nothing was said
+    planned = PromptTimeline(text(0), [Switch(frame=3, text=text(1), policy="recache_bidirectional")])
+    with pytest.raises(ValueError, match="at latent frame 3 moves the sink"):  # where it reaches frame 0
+        Rollout(shared_network(), config, planned, noise=NOISE, latent_size=SIZE)
 
 
 def test_a_chunk_longer_than_a_users_capacity_is_refused() -> None:

@@ -51,7 +51,7 @@ class Branches:
             self.caches.append(make_cache(rows))
         if guidance.is_active:
             _check_negative(negative, batch, guidance.scale)
-        self.negative = negative
+        self.negative = None if negative is None else negative.clone()  # encoded later, as texts are
         self._prepared: OrderedDict[tuple[int, float], list[Prompts]] = OrderedDict()
         self._unconditional: Prompts | None = None
 

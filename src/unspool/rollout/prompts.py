@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -98,7 +98,8 @@ class PromptTimeline:
             raise ValueError(
                 f"switch text {tuple(switch.text.shape)}: expected [{self.first.shape[0]}, rows, {self.first.shape[2]}]"
             )
-        insort(self.switches, switch, key=lambda s: s.frame)
+        own = replace(switch, text=switch.text.clone())  # as `first`
+        insort(self.switches, own, key=lambda s: s.frame)
 
     def copy(self) -> PromptTimeline:
         """A timeline of its own with the same texts: a rollout forgets what is over, the given one stays whole."""

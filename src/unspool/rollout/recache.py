@@ -113,14 +113,15 @@ class CleanHistory:
         self.sink = sink if plan.num_frames is None else min(sink, plan.num_frames)
         self.chunks: dict[int, Tensor] = {}
 
-    def add(self, frames: range, latents: Tensor) -> None:
-        """Keep a finished chunk [b, k, c, h, w] and forget what no recache can reach."""
+    def add(self, frames: range, latents: Tensor, sink: FrameSet) -> None:
+        """Keep a finished chunk [b, k, c, h, w] and forget what no recache can reach. `sink`: where it lies by now."""
         self.chunks[self.plan.chunk_of(frames.start)] = latents.detach()
         if self.window is None:
             return
         oldest = self.plan.chunk_of(max(0, frames.stop - self.window))
         last_sink = self.plan.chunk_of(self.sink - 1) if self.sink else -1
-        for index in [i for i in self.chunks if last_sink < i < oldest]:
+        moved = {self.plan.chunk_of(frame) for frame in sink if frame < frames.stop}  # by a switch
+        for index in [i for i in self.chunks if last_sink < i < oldest and i not in moved]:
             del self.chunks[index]
 
     def take(self, frames: range) -> Tensor:

@@ -19,18 +19,18 @@ from torch import Tensor
 from unspool.causal.cache import CACHES
 from unspool.causal.cache.base import Cache, CacheFactory
 from unspool.causal.cache.snapshot import Snapshot
-from unspool.causal.chunks import FrameSet
-from unspool.causal.visibility import Kind, Segment, Since, Visibility, capacity_of, outlived, sink_of
+from unspool.causal.visibility import Kind, Segment, Visibility, capacity_of, outlived, sink_of
 from unspool.config import locate
 from unspool.models.base import Backbone, Prompts
 from unspool.rollout.branches import Branches, FrameConditions, admit
 from unspool.rollout.noise import NoiseSource
-from unspool.rollout.prompts import MAX_BLEND, Moment, PromptTimeline, Switch
-from unspool.rollout.recache import CleanHistory, plan_recache
+from unspool.rollout.prompts import MAX_BLEND, Moment, PromptTimeline, SinkPolicy, Switch, SwitchPolicy
+from unspool.rollout.recache import CleanHistory
 from unspool.rollout.recompute import check_commit, forward_with_past
 from unspool.rollout.settings import Cancelled, Chunk, RolloutConfig
 from unspool.rollout.solvers.base import advance
-from unspool.rollout.state import base_of, put_back, take
+from unspool.rollout.state import put_back, take
+from unspool.rollout.switching import carry_out, check_switch
 
 
 class Rollout:
@@ -99,6 +99,8 @@ class Rollout:
             admit(backbone, [negative])
         self.branches = Branches(backbone, make_cache, config.guidance, negative, self.batch, frame_conditions)
         check_commit(self.branches.caches[0], config)
+        for switch in self.timeline.switches:
+            self.check_switch(switch.policy, switch.sink, switch.frame)
         sink = max(sink_of(config.visibility), default=-1) + 1
         self.history = CleanHistory(config.plan, capacity_of(config.visibility), sink)
         self.index, self._is_open = 0, False  # of the next chunk; whether it is being made
@@ -139,6 +141,8 @@ class Rollout:
 
         Closing it early leaves the stream as it was. One at a time; a prompt given meanwhile is the next chunk's.
         """
+        if self._is_open:
+            raise RuntimeError(f"chunk {self.index} is being made; finish or close its passes() first")
         frames = self.config.plan.frames(self.index)
         starts = [*self.starts, frames.start]
         moment = self.timeline.moment(starts, self._text)
@@ -155,7 +159,9 @@ class Rollout:
         return self._finished(frames, starts, moment, latents)
 
     def _finished(self, frames: range, starts: list[int], moment: Moment, latents: Tensor) -> Chunk:
-        self.history.add(frames, latents.detach().clone())  # what the caller does to its copy is the caller's business
+        self.history.add(
+            frames, latents.detach().clone(), sink_of(self.visibility)
+        )  # what the caller does to its copy is the caller's business
         self.starts, self._text, self._repeat = starts[-MAX_BLEND:], moment.text, None
         self.timeline.prune(frames.start)
         if self.config.commit == "none":
@@ -174,15 +180,21 @@ class Rollout:
     def switch(self, text: Tensor, *, frame: int | None = None, **how: Any) -> Switch:
         """Change the prompt from the next chunk on (or from latent frame `frame`); options as `Switch`.
 
-        Raises ValueError for a text that the network does not take, or a frame that is already made.
+        Raises ValueError for a text that the network does not take, a frame that is already made, or a policy that this
+        stream cannot carry out.
         """
         start = self.config.plan.frames(self.index + self._is_open).start
         if frame is not None and frame < start:
             raise ValueError(f"frame={frame} is already made; expected a latent frame from {start} on, or None for now")
         switch = Switch(frame=start if frame is None else frame, text=text, **how)
         admit(self.backbone, [text], wait=True)
+        self.check_switch(switch.policy, switch.sink, switch.frame)
         self.timeline.add(switch)
         return switch
+
+    def check_switch(self, policy: SwitchPolicy, sink: SinkPolicy, frame: int) -> None:
+        """Raise ValueError for a change of prompt at latent frame `frame` that this stream could not carry out."""
+        check_switch(self.branches.caches[0], self.visibility, policy, sink, frame)
 
     @property
     def num_passes(self) -> int:
@@ -222,7 +234,7 @@ class Rollout:
         has_committed = (self.config.commit != "fused" or rewriting or self.grad is not None) and self.finish()
         for number, switch in due:
             with torch.no_grad():
-                self._switch(switch, moment, start)
+                carry_out(self, switch, moment, start)
             self._switched = number
         return has_committed or rewriting
 
@@ -309,31 +321,6 @@ class Rollout:
 
     # ---- prompt switches and given latents ---------------------------------------------------------------------
 
-    def _switch(self, switch: Switch, moment: Moment, now: int) -> None:
-        """Treat the past as the switch asks."""
-        cache = self.branches.caches[0]
-        if switch.policy == "keep" or now == 0:
-            return
-        if switch.policy == "flush":
-            held = FrameSet.of((0, now)) if self.config.commit == "recompute" else cache.frames
-            keep = sink_of(self.visibility) & held
-            self.see(Since(base=base_of(self.visibility), floor=now - 1, keep=keep))
-            for each in self.branches.caches:
-                each.drop(each.frames - (keep | FrameSet.of((now - 1, now))))
-            return
-        plan = plan_recache(
-            self.visibility, cache.frames, self.config.plan, now, sink=switch.sink,
-            bidirectional=switch.policy == "recache_bidirectional", sigma=self.config.sigma_commit,
-        )  # fmt: skip
-        self.see(plan.visibility)
-        for each in self.branches.caches:
-            each.drop(plan.forget)
-        prompts = self.branches.prompts(moment)
-        for segments in () if self.config.commit == "recompute" else plan.passes:  # there every pass recomputes it
-            latents = torch.cat([self._to_commit(s.frames, self.history.take(s.frames)) for s in segments], dim=1)
-            self.branches.run(segments, latents, self._sigma(self.config.sigma_commit), prompts)
-            self.branches.promote()
-
     def see(self, visibility: Visibility) -> None:
         self.visibility = visibility
         for cache in self.branches.caches:
@@ -365,7 +352,7 @@ class Rollout:
                 moment = self.timeline.moment(self.starts, self._text)
                 self._text = moment.text
                 for number, switch in self._due(moment):
-                    self._switch(switch, moment, frames.start)
+                    carry_out(self, switch, moment, frames.start)
                     self._switched = number
                 latents = prefix[:, frames.start : frames.stop]
                 self._check_cancel()
@@ -374,7 +361,7 @@ class Rollout:
                     prompts, seen = self.branches.prompts(moment), self._to_commit(frames, latents)
                     self.branches.run((segment,), seen, self._sigma(self.config.sigma_commit), prompts)
                     self.branches.promote()
-                self.history.add(frames, latents.clone())
+                self.history.add(frames, latents.clone(), sink_of(self.visibility))
                 self.index += 1
         self.starts = self.starts[-MAX_BLEND:]
 

@@ -25,6 +25,8 @@ class StepCaches:
     """
 
     commit: ClassVar[str] = "none"
+    switch_policies: ClassVar[tuple[str, ...]] = ("keep", "flush")
+    """A recache has no level to compute the past at."""
 
     def __init__(self, sites: list[Site], *, visibility: Visibility, **options: Any) -> None:
         self._visibility = visibility
