@@ -109,6 +109,101 @@ def test_a_cancelled_chunk_is_made_again() -> None:
     assert (np.concatenate(made) == shared().generate(RED, chunks=2).frames).all()
 
 
+def test_after_a_cancelled_chunk_a_change_of_prompt_reaches_it() -> None:
+    stops = [False, False, False, True]
+    session = shared().session("a red ball", cancel=lambda: bool(stops) and stops.pop(0))
+    session.next_chunk()
+    with pytest.raises(Cancelled):
+        session.next_chunk()
+    assert session.set(prompt="a blue star") == session.seconds
+    other = shared().session("a red ball")
+    other.next_chunk()
+    other.set(prompt="a blue star")
+    assert (session.next_chunk() == other.next_chunk()).all() and session.prompt == "a blue star"
+
+
+def test_a_policy_that_is_none_is_refused_when_it_is_given() -> None:
+    session = shared().session("a red ball")
+    with pytest.raises(ValueError, match=r"switch_policy='recahe': expected one of 'keep', 'recache'"):
+        session.set(prompt="a blue star", switch_policy="recahe")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="switch_policy='bogus'"):
+        shared().generate("a red ball", frames=9, switch_policy="bogus")  # type: ignore[arg-type]
+    session.next_chunk()
+    assert session.prompt == "a red ball" and session.events == []
+
+
+def test_a_change_that_fails_leaves_prompt_and_events_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = shared().session("a red ball")
+    session.set(prompt="a blue star")
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(session.stream, "switch", lambda prompts, event: (_ for _ in ()).throw(MemoryError()))
+        session.next_chunk()
+    assert session.prompt == "a red ball" and session.events == []
+
+
+@pytest.mark.parametrize("count", [1, 9, 20])
+def test_a_session_of_a_clip_ends_with_it(count: int, tmp_path: Path) -> None:
+    whole = shared().generate("a red ball", frames=count).frames
+    session = shared().session("a red ball", frames=count)
+    assert (np.concatenate(list(session)) == whole).all() and session.is_finished
+    session = shared().session("a red ball", frames=count)
+    first = next(iter(session))
+    session.snapshot(tmp_path / "a.snapshot")
+    rest = list(Session.restore(tmp_path / "a.snapshot", shared()))
+    assert (np.concatenate([first, *rest]) == whole).all()
+
+
+def test_a_restored_session_can_be_cancelled(tmp_path: Path) -> None:
+    session = shared().session("a red ball")
+    session.next_chunk()
+    session.snapshot(tmp_path / "a.snapshot")
+    restored = Session.restore(tmp_path / "a.snapshot", shared(), cancel=lambda: True)
+    with pytest.raises(Cancelled):
+        restored.next_chunk()
+
+
+def test_snapshots_while_another_thread_plans_changes(tmp_path: Path) -> None:
+    session = shared().session("a red ball")
+    session.next_chunk()
+    over = threading.Event()
+
+    def plans() -> None:
+        second = 0
+        while not over.is_set():
+            second += 1
+            session.set(prompt="a blue star", at=float(second))
+
+    thread = threading.Thread(target=plans)
+    thread.start()
+    try:
+        for _ in range(10):
+            session.snapshot(tmp_path / "a.snapshot")
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_numpy_numbers_are_taken_and_recorded_as_plain_ones(tmp_path: Path) -> None:
+    options = {"seed": np.int64(3), "window": np.int64(9), "guidance": np.float32(2)}
+    video = shared().generate("a red ball", frames=9, **options)
+    assert (video.frames == shared().generate("a red ball", frames=9, seed=3, window=9, guidance=2.0).frames).all()
+    video.save(tmp_path / "a.npy")
+    assert json.loads((tmp_path / "a.npy.json").read_text())["seed"] == 3
+    (many,) = shared().generate_many(["a red ball"], frames=9, seed=np.int64(3), samples=[np.int64(0)])
+    assert many.record.seed == 3 and type(many.record.seed) is int
+    with pytest.raises(ValueError, match=r"window=9\.5: expected a whole number of latent frames or 'full'"):
+        shared().generate("a red ball", frames=9, window=9.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="window='all'"):
+        shared().session("a red ball", window="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected a list of prompts, got one text"):
+        shared().generate_many("a red ball", frames=9)
+
+
+def test_a_solver_of_another_process_is_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match="solver='ancestral' with process='flow': it is made for IDDPM"):
+        shared().with_settings(replace(shared().spec.rollout, solver="ancestral"))
+
+
 def test_a_chunk_whose_decoding_failed_is_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     session = shared().session(RED)
     made = [session.next_chunk()]

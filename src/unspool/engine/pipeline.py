@@ -16,7 +16,7 @@ from unspool.engine.model_folder import ModelSpec
 from unspool.engine.origin import weights_of
 from unspool.engine.record import Event, FrameHash, Record
 from unspool.engine.session import Session, Transition
-from unspool.engine.settings import RolloutSettings, SwitchPolicy, Window
+from unspool.engine.settings import RolloutSettings, SwitchPolicy, Window, plain
 from unspool.engine.stream import Stream
 from unspool.engine.video import Video
 from unspool.engine.wording import TextEncoder, Wording
@@ -134,7 +134,10 @@ class Pipeline:
 
         Clip j is `generate(prompts[j], seed=seed, sample=samples[j])` up to rounding (`samples`: 0, 1, 2...).
         """
-        samples = list(range(len(prompts))) if samples is None else list(samples)
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r}: expected a list of prompts, got one text; use generate() for it")
+        seed = plain(seed)
+        samples = list(range(len(prompts))) if samples is None else [plain(sample) for sample in samples]
         if not prompts or len(samples) != len(prompts) or any(len(texts) != len(prompts) for _, texts in switches):
             raise ValueError(
                 f"{len(prompts)} prompts, {len(samples)} samples, switches to "
@@ -220,11 +223,12 @@ class Pipeline:
         frames: int | None = None,
         cancel: Callable[[], bool] | None = None,
     ) -> Session:
-        """A stream whose prompt can be changed while it runs; see `Session`. `frames`: where a clip ends, if known."""
+        """A stream whose prompt can be changed while it runs; see `Session`. `frames`: where a clip ends, if known;
+        iterating then ends there."""
         settings = self.settings(steps=steps, guidance=guidance, window=window, sink=sink, switch_policy=switch_policy)
         session = Session(
             self, prompt, settings=settings, seed=seed, sample=sample, whole=self._whole(frames), negative=negative,
-            cancel=cancel,
+            cancel=cancel, num_frames=frames,
         )  # fmt: skip
         for at, text in switches:
             self._chunk_at(session.stream.clock, at, frames)

@@ -6,9 +6,10 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from unspool.causal.cache.snapshot import Snapshot, merge
 from unspool.config import from_dict, to_dict
 from unspool.engine.files import replacing
 from unspool.engine.record import Event, Record
-from unspool.engine.settings import RolloutSettings, SwitchPolicy
+from unspool.engine.settings import RolloutSettings, SwitchPolicy, plain
 from unspool.engine.stream import Stream
 from unspool.engine.timing import Timing
 from unspool.log import get_logger
@@ -55,10 +56,12 @@ class Session:
         whole: int | None = None,
         negative: str = "",
         cancel: Callable[[], bool] | None = None,
+        num_frames: int | None = None,
     ) -> None:
         self.pipeline, self.settings = pipeline, settings
-        self.seed, self.sample, self.whole, self.negative = seed, sample, whole, negative
-        self._cancel = cancel
+        self.seed, self.sample = plain(seed), plain(sample)
+        self.whole, self.negative = whole, negative
+        self._cancel, self._num_frames = cancel, num_frames
         self._lock = threading.Lock()
         self.is_paused = False
         self.notes: list[str] = []
@@ -90,9 +93,12 @@ class Session:
     # ---- chunks ------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[NDArray[np.uint8]]:
-        """Chunks until the end of the clip, or a pause; iterate again after `resume`."""
+        """Chunks until the end of the clip, where the last one is cut to fit, or a pause; iterate again after
+        `resume`."""
         while not (self.is_finished or self.is_paused):
-            yield self.next_chunk()
+            start = self.stream.clock.first_frame(self.chunk)
+            chunk = self.next_chunk()
+            yield chunk if self._num_frames is None else chunk[: self._num_frames - start]
 
     def next_chunk(self) -> NDArray[np.uint8]:
         """The next frames, uint8 [f, h, w, 3], on the host; the prompt that was set last is followed from here on.
@@ -103,7 +109,8 @@ class Session:
         self._refuse_when_paused()
         if not self.stream.num_undecoded:
             self._begin()
-        return self.stream.next_chunk()[0]
+        with self._making():
+            return self.stream.next_chunk()[0]
 
     def pieces(self) -> Iterator[NDArray[np.uint8]]:
         """As `next_chunk`, but frames [f, h, w, 3] leave a latent frame at a time and at an even pace: while a chunk is
@@ -114,8 +121,9 @@ class Session:
         """
         self._refuse_when_paused()
         self._begin()
-        for piece in self.stream.pieces():
-            yield piece[0]
+        with self._making():
+            for piece in self.stream.pieces():
+                yield piece[0]
 
     def rest(self) -> Iterator[NDArray[np.uint8]]:
         """What `pieces` has not given yet of the chunk that it began."""
@@ -132,11 +140,21 @@ class Session:
             index = self.stream.rollout.index
             self._begun = index + 1
             event = self._agenda.pop(index, None)
-            if event is not None:
-                self.events.append(event)
-                self.prompt = event.prompt
         if event is not None:
             self.stream.switch([event.prompt], event)
+            with self._lock:
+                self.events.append(event)
+                self.prompt = event.prompt
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """Around the making of a chunk: where it is not made, a change of prompt can reach it again."""
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._begun = self.stream.rollout.index
+            raise
 
     def frames(self, count: int) -> Iterator[NDArray[np.uint8]]:
         """Chunks until `count` frames were given, the last one cut to fit."""
@@ -148,7 +166,8 @@ class Session:
     @property
     def is_finished(self) -> bool:
         """Whether the clip is over; a stream without end never is."""
-        return self.stream.is_finished
+        over = self._num_frames is not None and self.stream.clock.first_frame(self.chunk) >= self._num_frames
+        return over or self.stream.is_finished
 
     @property
     def chunk(self) -> int:
@@ -190,7 +209,8 @@ class Session:
         Returns the time in seconds at which it takes effect. `transition` "smooth" or a number of seconds blends the
         prompts over several chunks, for which cached keys keep the old prompt; "cut" changes at once and treats the
         past by `switch_policy` (None: the model's). Of several changes for one chunk the last one counts.
-        Raises ValueError for a clip that is made at once, or a blend that does not fit the policy.
+        Raises ValueError for a clip that is made at once, a policy that is none or that this model cannot carry out,
+        or a blend that does not fit it.
         """
         if self.whole is not None:
             raise ValueError("this model makes a clip at once, under one prompt; use a causal model to change it")
@@ -201,11 +221,16 @@ class Session:
                 f"transition={transition!r} blends prompts, and switch_policy={policy!r} acts at once; use 'keep' or "
                 "transition='cut'"
             )
+        if policy not in get_args(SwitchPolicy):
+            raise ValueError(
+                f"switch_policy={policy!r}: expected one of {', '.join(map(repr, get_args(SwitchPolicy)))}"
+            )
         self.pipeline.wording.states([prompt])  # encoded here, so that the next chunk does not wait for it
         clock = self.stream.clock
         wanted = 0 if at is None else clock.chunk_at(at)
         with self._lock:
             chunk = max(self._begun, wanted)
+            self.stream.rollout.check_switch(policy, self.settings.sink_policy, clock.plan.frames(chunk).start)
             self._agenda[chunk] = Event(
                 chunk=chunk,
                 seconds=clock.seconds(chunk),
@@ -246,7 +271,7 @@ class Session:
         """Start again at time 0, with another seed or prompt where given, else the current ones; not paused."""
         with self._lock:
             before = self.seed
-            self.seed = before if seed is None else seed
+            self.seed = before if seed is None else plain(seed)
             try:
                 self._start(self.prompt if prompt is None else prompt)
             except BaseException:  # the stream goes on as it was
@@ -273,16 +298,18 @@ class Session:
 
     def snapshot(self, path: str | os.PathLike[str]) -> Path:
         """Write all that this stream needs to go on elsewhere, bit for bit, to a file (safetensors, versioned)."""
-        facts: dict[str, Any] = {
-            "format": SNAPSHOT_FORMAT,
-            "version": SNAPSHOT_VERSION,
-            "record": self.record(num_frames=self.stream.clock.first_frame(self.chunk)).to_dict(),
-            "prompt": self.prompt,
-            "events": [to_dict(event) for event in self.events],
-            "agenda": [to_dict(event) for event in self._agenda.values()],
-            "begun": self._begun,
-            "is_paused": self.is_paused,
-        }
+        with self._lock:  # `set` may come from another thread
+            facts: dict[str, Any] = {
+                "format": SNAPSHOT_FORMAT,
+                "version": SNAPSHOT_VERSION,
+                "record": self.record(num_frames=self.stream.clock.first_frame(self.chunk)).to_dict(),
+                "prompt": self.prompt,
+                "events": [to_dict(event) for event in self.events],
+                "agenda": [to_dict(event) for event in self._agenda.values()],
+                "begun": self._begun,
+                "is_paused": self.is_paused,
+                "num_frames": self._num_frames,
+            }
         target = Path(path)
         data = merge({"stream": self.stream.snapshot()}, facts).to_bytes()
         with replacing(target) as file:
@@ -290,8 +317,10 @@ class Session:
         return target
 
     @classmethod
-    def restore(cls, path: str | os.PathLike[str], pipeline: Pipeline) -> Session:
-        """The session of a snapshot, continued by a pipeline with the same weights.
+    def restore(
+        cls, path: str | os.PathLike[str], pipeline: Pipeline, *, cancel: Callable[[], bool] | None = None
+    ) -> Session:
+        """The session of a snapshot, continued by a pipeline with the same weights; `cancel` as of `Pipeline.session`.
 
         Raises FileNotFoundError; ValueError for a damaged file, another version, or other weights.
         """
@@ -313,10 +342,11 @@ class Session:
                 f"{source}: a snapshot of {record.name} with weights {record.weights}, but {pipeline.spec.name} has "
                 f"{pipeline.weights}; load the model it was taken from ({record.model})"
             )
-        session = pipeline.session_of(replace(record, events=()))
+        session = pipeline.session_of(replace(record, events=()), cancel=cancel)
         session.stream.restore(snapshot.nested("stream"))
         session.events, agenda = ([from_dict(Event, e) for e in facts[name]] for name in ("events", "agenda"))
         session._agenda = {event.chunk: event for event in agenda}
         session.prompt = facts["prompt"]
         session._begun, session.is_paused = facts["begun"], facts["is_paused"]
+        session._num_frames = facts.get("num_frames")
         return session

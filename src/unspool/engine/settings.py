@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from unspool.causal.chunks import check_prefix
 from unspool.causal.newer import NEWER
@@ -43,8 +44,8 @@ class RolloutSettings:
     one of VISIBILITIES or such a class, decides with its `visibility_options` what chunks read, instead of `window`,
     `sink` and `within`.
 
-    Raises ValueError for a chunk shorter than `prefix_frames`, for `bidirectional_past` with a cache, and for another
-    convention of guidance.
+    Raises ValueError for a word that is not of its list or a number that is none, for a chunk shorter than
+    `prefix_frames`, for `bidirectional_past` with a cache, and for another convention of guidance.
     """
 
     chunk: int
@@ -78,6 +79,7 @@ class RolloutSettings:
     visibility_options: dict[str, str | int | float] = field(default_factory=dict, metadata=NEWER)
 
     def __post_init__(self) -> None:
+        self._check_values()
         if self.guidance_convention != GUIDANCE_CONVENTION:
             raise ValueError(
                 f"guidance_convention={self.guidance_convention!r}: expected {GUIDANCE_CONVENTION!r}; convert the scale"
@@ -98,6 +100,27 @@ class RolloutSettings:
                 f"bidirectional_past=True with commit={self.commit!r}: expected commit='recompute'; keys that a cache "
                 "kept have not read the noisy frames"
             )
+
+    def _check_values(self) -> None:
+        """Words of their lists, and plain numbers: numpy's are taken, and a record of them can be read again."""
+        for name, kind in (
+            ("within", Within), ("commit", Commit), ("switch_policy", SwitchPolicy), ("sink_policy", SinkPolicy),
+        ):  # fmt: skip
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, get_args(kind)))}"
+                )
+        for name in ("chunk", "window", "sink", "first", "prefix_frames"):
+            value = getattr(self, name)
+            if value is None or (name == "window" and value == "full"):
+                continue
+            try:
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError:
+                words = " or 'full'" if name == "window" else ""
+                raise ValueError(f"{name}={value!r}: expected a whole number of latent frames{words}") from None
+        for name in ("guidance_scale", "sigma_commit", "commit_noise"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def cache(self) -> str:
@@ -194,6 +217,11 @@ class RolloutSettings:
         solver: Any = _made("solver", self.solver, SOLVERS, self.solver_options)
         own = {f.name for f in fields(solver)} if is_dataclass(solver) else set()
         if "process" in own:  # it uses the tables: "ancestral"
+            if not isinstance(process, getattr(solver, "made_for", object)):
+                raise ValueError(
+                    f"solver={self.solver!r} with process={self.process!r}: it is made for {solver.made_for.__name__}; "
+                    "set the process, or use another solver"
+                )
             solver = replace(solver, process=process)
         return RolloutConfig(
             plan=plan,
@@ -208,6 +236,11 @@ class RolloutSettings:
             sigma_commit=self.sigma_commit,
             commit="none" if whole is not None else self.commit,
         )
+
+
+def plain(value: int) -> int:
+    """An integer of numpy as one of Python, which a record can hold; anything else as it is."""
+    return operator.index(value) if hasattr(value, "dtype") and hasattr(value, "__index__") else value
 
 
 def _made(kind: str, name: str, table: Mapping[str, str], options: Mapping[str, object]) -> Any:

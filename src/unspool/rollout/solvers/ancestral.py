@@ -25,6 +25,8 @@ class Ancestral:
 
     needs_noise: ClassVar[bool] = True
     reads_prediction: ClassVar[bool] = True
+    made_for: ClassVar[type] = IDDPM
+    """Whose posterior it draws from."""
     process: IDDPM = field(default_factory=IDDPM)
 
     def start(self) -> SolverState:
