@@ -17,14 +17,16 @@ from tiny import CHANNELS, SIZE, TEXT_DIM, TEXT_ROWS, make_network, text
 from unspool.causal.chunks import ChunkPlan
 from unspool.causal.position import ReanchoredSink
 from unspool.causal.visibility import Full, Window
-from unspool.data.batch import Batch
+from unspool.data.batch import Batch, TrajectoryBatch
 from unspool.diffusion.schedule import Schedule
 from unspool.methods import on_policy as module
 from unspool.methods.common import BatchPrompts, Student
+from unspool.methods.consistency import ConsistencyConfig
 from unspool.methods.draws import SampleRng, normal, shared_integer
+from unspool.methods.ode_regression import OdeRegression, OdeRegressionConfig
 from unspool.methods.on_policy import OnPolicyConfig, timeline
 from unspool.methods.samples import NoisedDataConfig, StepList
-from unspool.methods.scores import Conditioner, joined
+from unspool.methods.scores import Conditioner, Score, ScoreConfig, joined
 from unspool.models.wan.network import WanTransformer
 from unspool.rollout.noise import RecordedNoise
 from unspool.rollout.prompts import PromptTimeline, Switch
@@ -211,6 +213,36 @@ def test_all_ranks_draw_one_exit_step() -> None:
     assert len({shared_integer(1000, SampleRng(0, [1], shared_seed=s)) for s in range(5)}) > 1
 
 
+@pytest.mark.parametrize("level", [0.0, 0.1])
+def test_a_clean_past_is_told_the_level_of_commit_passes(level: float) -> None:
+    """As a network that was trained with that level, and streams with it, knows its past."""
+    network, told = make_network(), []
+    network.register_forward_hook(lambda module, args, out: told.append(args[1]))
+    x0 = torch.randn(2, FRAMES, CHANNELS, *SIZE, dtype=torch.float64)
+    config = ScoreConfig(reads="clean_past", plan=PLAN, sigma_commit=level)
+    with torch.no_grad():
+        Score(config, Student(network)).x0(x0, torch.full((2, 1), 0.5), prompts(0), prompts(9), x0)
+        ode = OdeRegressionConfig(steps=STEPS, plan=PLAN, past="clean", clean=False, sigma_commit=level)
+        states = torch.randn(2, 5, FRAMES, CHANNELS, *SIZE, dtype=torch.float64)
+        batch = TrajectoryBatch(trajectory=states, sigmas=STEPS.schedule.sigmas, latents=states[:, -1],
+                                text=prompts(0).states)  # fmt: skip
+        method = OdeRegression(ode, backbone=network)
+        method.step(batch, "student", 0, torch.Generator().manual_seed(0))
+    assert len(told) == 2
+    for levels in told:
+        torch.testing.assert_close(levels[:, :FRAMES].double(), torch.full((2, FRAMES), level).double())
+        assert (levels[:, FRAMES:] >= 0.25).all()
+
+
+def test_levels_of_a_past_that_is_not_read_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sigma_commit=0\.1 has no effect where no clean past is read"):
+        ScoreConfig(reads="noisy_past", plan=PLAN, sigma_commit=0.1)
+    with pytest.raises(ValueError, match="has no effect"):
+        OdeRegressionConfig(steps=STEPS, plan=PLAN, sigma_commit=0.1)
+    with pytest.raises(ValueError, match=r"sigma_commit=5\.0: expected a noise level"):
+        ConsistencyConfig(grid=8, shift=2.0, guidance_from_uncond=2.0, plan=PLAN, decay=0.9, sigma_commit=5.0)
+
+
 def test_noised_data_reads_levels_of_the_list_chunk_by_chunk() -> None:
     network = make_network()
     seen: list[Tensor] = []
@@ -345,6 +377,26 @@ def test_a_long_rollout_may_change_its_prompt_where_the_clip_has_another() -> No
             assert follows[0, -1] == 1, "near enough to what is scored to be seen in it"
             found.add(tuple(follows[0].tolist()))
     assert len(found) >= 2
+
+
+def test_prompts_without_an_index_follow_each_other_in_a_long_rollout() -> None:
+    """Data of prompts alone: no latents, so no latent frame of theirs to point at."""
+    given, changed = prompts(0, 1, index=torch.zeros(2, 1, dtype=torch.int64)), 0
+    for seed in range(12):
+        codec = Pixels()
+        bare = replace(given, index=None)
+        config = on_policy(longest=10, switch=1.0, latent_size=SIZE)
+        made = config.build(codec)(Student(make_network()), Batch(), bare, bare, torch.Generator().manual_seed(seed))
+        if not codec.encoded:
+            assert made.prompts.index is None
+            continue
+        assert made.prompts.states.shape[1] == 2 and (made.prompts.index[:, -1] == 1).all()
+        changed += bool((made.prompts.index[:, 0] == 0).all())
+    assert changed >= 1
+    one = Batch(text=torch.zeros(2, 2, TEXT_ROWS, TEXT_DIM), prompt_index=torch.zeros(2, 4, dtype=torch.int64))
+    assert Conditioner().given(one).index is one.prompt_index
+    with pytest.raises(ValueError, match=r"prompt_index of shape \(2,\): expected \[b, t\] = \[2, any\]"):
+        Conditioner().given(replace(one, prompt_index=torch.zeros(2, dtype=torch.int64)))
 
 
 def test_long_rollouts_need_a_codec_and_whole_chunks() -> None:

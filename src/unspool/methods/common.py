@@ -152,7 +152,7 @@ class Student(nn.Module):
         Samples with fewer prompts than others repeat their last one. Raises ValueError for a batch without what the
         student needs, or with a prompt index that points at nothing.
         """
-        frames = 0 if batch.latents is None else batch.latents.shape[1]
+        frames = None if batch.latents is None else batch.latents.shape[1]  # where none are needed, none to compare
         index = None if batch.prompt_index is None else _check_index(batch.prompt_index, len(dropped), frames)
         if not self.encodes:
             batch.need("text")
@@ -216,11 +216,11 @@ class Student(nn.Module):
         return backbone(x, sigma, Conditioning(prompts=prepared, prompt_index=prompts.index), context)
 
 
-def _check_index(index: Tensor, batch: int, frames: int) -> Tensor:
-    if index.ndim != 2 or index.shape != (batch, frames):
+def _check_index(index: Tensor, batch: int, frames: int | None) -> Tensor:
+    if index.ndim != 2 or index.shape[0] != batch or (frames is not None and index.shape[1] != frames):
+        expected = f"[b, t] = [{batch}, {'any' if frames is None else frames}]"
         raise ValueError(
-            f"prompt_index of shape {tuple(index.shape)}: expected [b, t] = [{batch}, {frames}], a prompt for every "
-            "latent frame"
+            f"prompt_index of shape {tuple(index.shape)}: expected {expected}, a prompt for every latent frame"
         )
     return index
 

@@ -20,7 +20,7 @@ from unspool.methods.base import Follower, StepResult
 from unspool.methods.common import FLOW, BatchPrompts, Student, clean_latents, noise_like, student_only
 from unspool.methods.dmd import same_latents
 from unspool.methods.draws import uniform
-from unspool.methods.past import Clean, CleanPast, Positions, chunk_numbers
+from unspool.methods.past import Clean, CleanPast, Positions, check_commit_level, chunk_numbers
 from unspool.methods.scores import Conditioner, joined
 from unspool.rollout.guidance import combine
 from unspool.shapes import to_device
@@ -51,6 +51,7 @@ class ConsistencyConfig:
 
     def __post_init__(self) -> None:
         check_window(self.visibility, self.plan.longest)
+        check_commit_level(self.sigma_commit)
         if self.grid < 2:
             raise ValueError(f"grid={self.grid}: expected at least 2 points")
         if not 0.0 <= self.decay < 1.0:

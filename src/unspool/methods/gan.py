@@ -6,6 +6,7 @@ GAN variant of Self-Forcing; arXiv:2501.05441 for the relativistic loss and its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ class Discriminator(Student):
         network: Any = backbone
         blocks = len(network.blocks)
         self._places = sorted({max(1, round(tap * blocks)) - 1 for tap in taps})
-        made = Heads(len(self._places), int(network.config.dim), heads)  # drawn on the CPU: alike on every device
+        width = int(network.config.dim)
+        made = Heads(len(self._places), width, math.gcd(width, heads))  # drawn on the CPU: alike on every device
         self.heads = made.to(next(backbone.parameters()).device)
 
     def fsdp_units(self) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from unspool.data.batch import Batch, TrajectoryBatch
 from unspool.methods.base import StepResult
 from unspool.methods.common import FLOW, Student, student_only
 from unspool.methods.draws import uniform
-from unspool.methods.past import Clean, CleanPast, NoisyPast, Positions, chunk_numbers
+from unspool.methods.past import Clean, CleanPast, NoisyPast, Positions, check_commit_level, chunk_numbers
 from unspool.methods.samples import StepList
 from unspool.methods.scores import Conditioner
 from unspool.shapes import to_device
@@ -30,7 +30,8 @@ class OdeRegressionConfig:
     Fields: `steps` of the student, whose sigmas must be among those of the stored states; `plan`, `visibility`,
     `positions` of the causal mask; `past` "noisy": a chunk reads the earlier ones of the same path at their own drawn
     levels (arXiv:2412.07772), "clean": it reads the clean clip that the path was sampled with (arXiv:2602.02214);
-    `clean` whether a chunk may be drawn at sigma 0, where it carries no loss (for "noisy"); `per` draw of a level.
+    `clean` whether a chunk may be drawn at sigma 0, where it carries no loss (for "noisy"); `per` draw of a level;
+    `sigma_commit` the level that the network is told for a clean past, that of the rollout's commit pass.
     """
 
     steps: StepList
@@ -40,10 +41,12 @@ class OdeRegressionConfig:
     past: Literal["noisy", "clean"] = "noisy"
     clean: bool = True
     per: Literal["chunk", "sample"] = "chunk"
+    sigma_commit: float = 0.0
     backend: Backend = "slices"
 
     def __post_init__(self) -> None:
         check_window(self.visibility, self.plan.longest)
+        check_commit_level(self.sigma_commit, read=self.past == "clean")
         if self.past not in ("noisy", "clean"):
             raise ValueError(f"past={self.past!r}: expected 'noisy' or 'clean'")
         if self.per not in ("chunk", "sample"):
@@ -119,7 +122,7 @@ class OdeRegression:
         if isinstance(self._predict, NoisyPast):
             return self._predict(self.student, x, told, prompts), x, sigma
         assert batch.latents is not None
-        return self._predict(self.student, x, told, prompts, Clean(batch.latents)), x, sigma
+        return self._predict(self.student, x, told, prompts, Clean(batch.latents, self.config.sigma_commit)), x, sigma
 
     def _states(self, batch: Batch) -> tuple[Tensor, tuple[float, ...]]:
         wanted = self.config.steps.schedule.sigmas

@@ -191,6 +191,10 @@ class OnPolicy:
         """Prompts as a rollout can follow them: one for each chunk, that of its last latent frame. A long one follows
         the first prompt, and from `turn` on the next one."""
         frames, index = self.config.frames, prompts.index
+        assert prompts.states is not None
+        size, count = prompts.states.shape[:2]
+        if index is None and lead and count > 1:  # data without latents: the prompts in order of time
+            index = torch.full((size, 1), count - 1)
         if index is None:
             return prompts
         if self.config.is_long and lead:

@@ -78,6 +78,14 @@ class CleanPast:
         return prediction[:, frames:]
 
 
+def check_commit_level(sigma_commit: float, *, read: bool = True) -> None:
+    """Raise ValueError unless it is a noise level, and 0 where no clean past is `read`."""
+    if not 0.0 <= sigma_commit <= 1.0:
+        raise ValueError(f"sigma_commit={sigma_commit}: expected a noise level in [0, 1], 0 for clean")
+    if sigma_commit and not read:
+        raise ValueError(f"sigma_commit={sigma_commit} has no effect where no clean past is read; leave it at 0")
+
+
 def chunk_numbers(plan: ChunkPlan, frames: int) -> Tensor:
     """The chunk of each of the first `frames` latent frames [frames], int64 on the CPU.
 

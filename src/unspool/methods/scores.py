@@ -20,7 +20,7 @@ from unspool.data.batch import Batch
 from unspool.diffusion.schedule import shift_sigma
 from unspool.methods.common import FLOW, BatchPrompts, Contexts, Student
 from unspool.methods.draws import uniform
-from unspool.methods.past import Clean, CleanPast, Masked, NoisyPast, Positions
+from unspool.methods.past import Clean, CleanPast, Masked, NoisyPast, Positions, check_commit_level
 from unspool.methods.samples import Sample, Sampler
 from unspool.rollout.guidance import combine
 
@@ -128,7 +128,7 @@ class ScoreConfig:
 
     Fields: `guidance_from_uncond`: s in uncond + s (cond - uncond), 1 for none. Published DMD code states g of
     cond + g (cond - uncond), which is s = 1 + g. `reads`; for a causal one `plan`, `visibility`, `positions` as it was
-    trained; `backend` of the masked attention.
+    trained, and `sigma_commit`, the level that it is told for a clean past; `backend` of the masked attention.
     """
 
     guidance_from_uncond: float = 1.0
@@ -136,6 +136,7 @@ class ScoreConfig:
     plan: ChunkPlan | None = None
     visibility: Full | Window = field(default_factory=Full)
     positions: Positions = field(default_factory=Absolute)
+    sigma_commit: float = 0.0
     backend: Backend = "slices"
 
     def __post_init__(self) -> None:
@@ -145,6 +146,7 @@ class ScoreConfig:
             raise ValueError(
                 f"reads={self.reads!r} with plan={self.plan}: a causal score needs a plan, 'all' takes none"
             )
+        check_commit_level(self.sigma_commit, read=self.reads == "clean_past")
         if not self.guidance_from_uncond >= 0.0:
             raise ValueError(f"guidance_from_uncond={self.guidance_from_uncond}: expected 0 or more, 1 for none")
 
@@ -166,7 +168,7 @@ class Score:
         if self.config.plan is None:
             prediction = self.network(x, levels, prompts, self._whole[x.shape[1]])
         elif isinstance(self._past, CleanPast):
-            prediction = self._past(self.network, x, levels, prompts, Clean(clean))
+            prediction = self._past(self.network, x, levels, prompts, Clean(clean, self.config.sigma_commit))
         else:
             prediction = self._past(self.network, x, levels, prompts)
         return prediction.to(x.dtype)

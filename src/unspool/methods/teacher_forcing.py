@@ -29,7 +29,7 @@ from unspool.methods.common import (
     velocity_loss,
 )
 from unspool.methods.draws import uniform
-from unspool.methods.past import Clean, CleanPast, Positions, chunk_numbers
+from unspool.methods.past import Clean, CleanPast, Positions, check_commit_level, chunk_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,7 @@ class TeacherForcingConfig:
         check_window(self.visibility, self.plan.longest)
         check_weight(self.weight)
         check_share("drop_text", self.drop_text)
-        if not 0.0 <= self.sigma_commit <= 1.0:
-            raise ValueError(f"sigma_commit={self.sigma_commit}: expected a noise level in [0, 1], 0 for clean")
+        check_commit_level(self.sigma_commit)
 
 
 class TeacherForcing:
