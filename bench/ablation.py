@@ -208,7 +208,8 @@ class Ablation:
         assert weights == self.file(name, arm)
         made_of = scored_by(weights, arm, prompts, streams)
         kept = self.home / "scores" / f"{name}-{prompts}-{streams}.json"
-        if kept.is_file() and (found := json.loads(kept.read_text(encoding="utf-8"))).get("made_of") == made_of:
+        found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        if found.get("made_of") == made_of and ("adherence_10x" in found) == ("still_10x" in found):
             return found
         few = None if arm.steps > 8 else StepList(steps=LISTS[arm.steps], shift=SHIFT)
         folder = self.home / "models" / name
@@ -230,6 +231,8 @@ class Ablation:
         if summary.streams:
             ends = summary.streams["student"]
             found |= {f"{m}_10x": ends[-1][m].value for m in ("adherence", "strict", "psnr")}
+            found["motion_10x"] = ends[-1]["motion_over_truth"].value
+            found["still_10x"] = summary.streams["frozen"][-1]["adherence"].value
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return found
@@ -276,7 +279,7 @@ def picture(ablation: Ablation, path: Path) -> None:
 COLUMNS = {
     "adherence": "adherence", "strict": "all right", "psnr": "manifold dB", "permanence": "permanence",
     "motion": "motion / truth", "adherence_10x": "adherence at 10x", "strict_10x": "all right at 10x",
-    "psnr_10x": "manifold dB at 10x",
+    "psnr_10x": "manifold dB at 10x", "motion_10x": "motion / truth at 10x",
 }  # fmt: skip
 
 
@@ -320,6 +323,10 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
             spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.{digits}f}{spread}" if values else "")
         lines.append(f"| {ARMS[name].about} | {' | '.join(cells)} | {len(rows)} | {PAPER.get(name, '')} |")
+    still = [row["still_10x"] for rows in results.values() for row in rows if "still_10x" in row]
+    if still:
+        cells = [f"{still[0]:.2f}" if column == "adherence_10x" else "" for column in COLUMNS]
+        lines.append(f"| the truth, standing still | {' | '.join(cells)} | | |")
     return "\n".join(lines)
 
 
