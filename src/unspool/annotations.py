@@ -9,6 +9,14 @@ from collections.abc import Sequence
 from typing import Any, Literal, Union
 
 
+def check_word(name: str, value: object, words: Any) -> None:
+    """Raise ValueError unless `value` is one of the words of a Literal: where they are told apart by comparing, another
+    word would quietly pass for the last of them."""
+    choices = typing.get_args(words)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+
+
 def fields_of(cls: type) -> dict[str, Any]:
     """Init fields and their resolved annotations."""
     if not dataclasses.is_dataclass(cls):

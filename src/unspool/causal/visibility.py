@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
+from unspool.annotations import check_word
 from unspool.causal.chunks import FrameSet
 from unspool.causal.newer import NEWER, brief
 
@@ -18,12 +19,6 @@ Within: TypeAlias = Literal["full", "causal", "own", "none"]
 
 MAIN = "self"
 """The stream (`Site.stream`) that a visibility itself speaks of."""
-
-
-def check_within(within: str, name: str = "within") -> None:
-    """Raise ValueError unless it is one of `Within`: another word would pass for the last case of every choice."""
-    if within not in get_args(Within):
-        raise ValueError(f"{name}={within!r}: expected one of {', '.join(map(repr, get_args(Within)))}")
 
 
 class Kind(Enum):
@@ -125,7 +120,7 @@ class Full:
     within: Within = "full"
 
     def __post_init__(self) -> None:
-        check_within(self.within)
+        check_word("within", self.within, Within)
 
     def visible(self, segment: Segment) -> FrameSet:
         return FrameSet.of((0, segment.frames.start))
@@ -152,9 +147,9 @@ class Window:
     __repr__ = brief
 
     def __post_init__(self) -> None:
-        check_within(self.within)
+        check_word("within", self.within, Within)
         if self.commit_within is not None:
-            check_within(self.commit_within, "commit_within")
+            check_word("commit_within", self.commit_within, Within)
         if self.sink < 0 or self.window < 1 or self.sink_start < 0:
             raise ValueError(
                 f"window={self.window}, sink={self.sink}, sink_start={self.sink_start}: expected window >= 1 and "

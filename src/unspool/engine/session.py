@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unspool.annotations import check_word
 from unspool.causal.cache.snapshot import Snapshot, merge
 from unspool.config import from_dict, to_dict
 from unspool.engine.files import replacing
@@ -221,10 +222,7 @@ class Session:
                 f"transition={transition!r} blends prompts, and switch_policy={policy!r} acts at once; use 'keep' or "
                 "transition='cut'"
             )
-        if policy not in get_args(SwitchPolicy):
-            raise ValueError(
-                f"switch_policy={policy!r}: expected one of {', '.join(map(repr, get_args(SwitchPolicy)))}"
-            )
+        check_word("switch_policy", policy, SwitchPolicy)
         self.pipeline.wording.states([prompt])  # encoded here, so that the next chunk does not wait for it
         clock = self.stream.clock
         wanted = 0 if at is None else clock.chunk_at(at)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
+from unspool.annotations import check_word
 from unspool.causal.chunks import check_prefix
 from unspool.causal.newer import NEWER
 from unspool.config import locate
@@ -106,10 +107,7 @@ class RolloutSettings:
         for name, kind in (
             ("within", Within), ("commit", Commit), ("switch_policy", SwitchPolicy), ("sink_policy", SinkPolicy),
         ):  # fmt: skip
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, get_args(kind)))}"
-                )
+            check_word(name, getattr(self, name), kind)
         for name in ("chunk", "window", "sink", "first", "prefix_frames"):
             value = getattr(self, name)
             if value is None or (name == "window" and value == "full"):

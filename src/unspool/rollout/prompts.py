@@ -18,11 +18,12 @@ from __future__ import annotations
 import copy
 from bisect import insort
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from unspool.annotations import check_word
 from unspool.causal.cache.snapshot import Snapshot
 
 MAX_BLEND = 64  # chunks: as far back as a stream remembers where its chunks started
@@ -42,12 +43,8 @@ class Switch:
     over: int = 1
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("policy", self.policy, get_args(SwitchPolicy)),
-            ("sink", self.sink, get_args(SinkPolicy)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r}: expected one of {choices}")
+        check_word("policy", self.policy, SwitchPolicy)
+        check_word("sink", self.sink, SinkPolicy)
         if self.frame < 0 or not 1 <= self.over <= MAX_BLEND:
             raise ValueError(f"frame={self.frame}, over={self.over}: expected frame >= 0 and over in 1..{MAX_BLEND}")
         if self.over > 1 and self.policy != "keep":

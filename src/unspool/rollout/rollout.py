@@ -194,7 +194,7 @@ class Rollout:
 
     def check_switch(self, policy: SwitchPolicy, sink: SinkPolicy, frame: int) -> None:
         """Raise ValueError for a change of prompt at latent frame `frame` that this stream could not carry out."""
-        check_switch(self.branches.caches[0], self.visibility, policy, sink, frame)
+        check_switch(self.branches.caches[0], self.visibility, self.config.plan, policy, sink, frame)
 
     @property
     def num_passes(self) -> int:

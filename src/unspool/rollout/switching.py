@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from unspool.causal.cache.base import Cache
-from unspool.causal.chunks import FrameSet
-from unspool.causal.visibility import Since, Visibility, Window, capacity_of, sink_of
+from unspool.causal.chunks import ChunkPlan, FrameSet
+from unspool.causal.visibility import Since, Visibility, capacity_of, sink_of
 from unspool.rollout.prompts import Moment, SinkPolicy, Switch, SwitchPolicy
 from unspool.rollout.recache import plan_recache
 from unspool.rollout.state import base_of
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from unspool.rollout.rollout import Rollout
 
 
-def check_switch(cache: Cache, visibility: Visibility, policy: SwitchPolicy, sink: SinkPolicy, frame: int) -> None:
+def check_switch(
+    cache: Cache, visibility: Visibility, plan: ChunkPlan, policy: SwitchPolicy, sink: SinkPolicy, frame: int
+) -> None:
     """Raise ValueError for a change at latent frame `frame` that a stream could not carry out when it comes: such a
     stream would be stuck before that chunk for good."""
     if policy in ("keep", "flush"):
@@ -28,13 +30,10 @@ def check_switch(cache: Cache, visibility: Visibility, policy: SwitchPolicy, sin
             f"policy={policy!r} with the cache {type(cache).__name__}, which cannot compute the past again: expected "
             f"one of {', '.join(map(repr, known))}"
         )
-    base, reach = base_of(visibility), capacity_of(visibility)
-    if reach is None or not len(sink_of(base)) or isinstance(base, Window):
-        return
-    if sink == "replaced" or (policy == "recache_bidirectional" and reach >= frame):
-        raise ValueError(
-            f"policy={policy!r} with sink={sink!r} at latent frame {frame} moves the sink, and that of "
-            f"{type(base).__name__} cannot be moved; use policy='recache' with sink='kept' or 'recomputed', or Window"
+    if capacity_of(visibility) is not None:  # without a bound there is no sink to move, and much to plan
+        is_bidirectional = policy == "recache_bidirectional"
+        plan_recache(
+            visibility, FrameSet.of((0, frame)), plan, frame, sink=sink, bidirectional=is_bidirectional, sigma=0.0
         )
 
 
