@@ -30,7 +30,8 @@ def check_switch(
             f"policy={policy!r} with the cache {type(cache).__name__}, which cannot compute the past again: expected "
             f"one of {', '.join(map(repr, known))}"
         )
-    if capacity_of(visibility) is not None:  # without a bound there is no sink to move, and much to plan
+    ended = plan.num_frames is not None and frame >= plan.num_frames  # such a change never comes
+    if capacity_of(visibility) is not None and not ended:  # without a bound no sink moves, and there is much to plan
         is_bidirectional = policy == "recache_bidirectional"
         plan_recache(
             visibility, FrameSet.of((0, frame)), plan, frame, sink=sink, bidirectional=is_bidirectional, sigma=0.0
