@@ -73,8 +73,24 @@ def test_a_switch_at_frame_0_is_the_first_prompt(policy: Any) -> None:
     assert torch.equal(got, run(shared_network(), SETTING, text(1)))
 
 
-def test_a_switch_after_the_end_does_nothing() -> None:
-    assert torch.equal(run(shared_network(), SETTING, text(0), [keep(100)]), run(shared_network(), SETTING, text(0)))
+@pytest.mark.parametrize("policy", ["keep", "recache", "flush"])
+def test_a_switch_after_the_end_does_nothing(policy: Any) -> None:
+    late = Switch(frame=100, text=text(1), policy=policy)
+    assert torch.equal(run(shared_network(), SETTING, text(0), [late]), run(shared_network(), SETTING, text(0)))
+
+
+def test_a_switch_in_the_last_chunk_is_refused() -> None:
+    """While it is made as when it is there."""
+    stream = make_rollout(shared_network(), SETTING, text(0))
+    count = stream.config.plan.num_chunks
+    assert count is not None
+    for _ in range(count - 1):
+        stream.next_chunk()
+    for _ in stream.passes():
+        with pytest.raises(ValueError, match=f"in chunk {count - 1}, the last one"):
+            stream.switch(text(1))
+    with pytest.raises(ValueError, match=f"in chunk {count - 1}, the last one"):
+        stream.switch(text(1))
 
 
 @pytest.mark.parametrize("policy", ["keep", "recache", "flush"])

@@ -180,10 +180,13 @@ class Rollout:
     def switch(self, text: Tensor, *, frame: int | None = None, **how: Any) -> Switch:
         """Change the prompt from the next chunk on (or from latent frame `frame`); options as `Switch`.
 
-        Raises ValueError for a text that the network does not take, a frame that is already made, or a policy that this
-        stream cannot carry out.
+        Raises ValueError for a text that the network does not take, a frame that is already made, a stream whose last
+        chunk is made or being made, or a policy that this stream cannot carry out.
         """
-        start = self.config.plan.frames(self.index + self._is_open).start
+        plan, coming = self.config.plan, self.index + self._is_open
+        if plan.num_chunks is not None and coming >= plan.num_chunks:
+            raise ValueError(f"a switch in chunk {coming - 1}, the last one: no chunk is left that could change")
+        start = plan.frames(coming).start
         if frame is not None and frame < start:
             raise ValueError(f"frame={frame} is already made; expected a latent frame from {start} on, or None for now")
         switch = Switch(frame=start if frame is None else frame, text=text, **how)
