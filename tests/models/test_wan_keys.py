@@ -87,9 +87,10 @@ def test_fusion_order_is_q_k_v() -> None:
     patch=st.sampled_from([(1, 1, 1), (1, 2, 2), (1, 1, 2)]),
     channels=st.integers(1, 5),
     vector=st.sampled_from([0, 5]),
+    octaves=st.sampled_from([0, 1, 4]),
 )
 def test_round_trip_and_inference_of_any_size(
-    heads: int, half: int, layers: int, patch: tuple[int, int, int], channels: int, vector: int
+    heads: int, half: int, layers: int, patch: tuple[int, int, int], channels: int, vector: int, octaves: int
 ) -> None:
     config = WanConfig(
         dim=2 * half * heads,
@@ -103,6 +104,7 @@ def test_round_trip_and_inference_of_any_size(
         text_len=5,
         freq_dim=4,
         frame_vector_dim=vector,
+        place_octaves=octaves,
     )
     own = random_state(config)
     for fmt in keys.MAPS:
@@ -115,8 +117,8 @@ def test_round_trip_and_inference_of_any_size(
     assert infer_config(shapes, num_heads=heads, text_len=5) == config
 
 
-@pytest.mark.parametrize("vector", [0, 6])
-def test_own_shapes_are_those_of_the_network(vector: int) -> None:
+@pytest.mark.parametrize(("vector", "octaves"), [(0, 0), (6, 0), (0, 3)])
+def test_own_shapes_are_those_of_the_network(vector: int, octaves: int) -> None:
     network = pytest.importorskip("unspool.models.wan.network")
     config = WanConfig(
         dim=24,
@@ -127,6 +129,7 @@ def test_own_shapes_are_those_of_the_network(vector: int) -> None:
         freq_dim=8,
         frame_vector_dim=vector,
         extra_channels=2,
+        place_octaves=octaves,
     )
     with torch.device("meta"):
         state = network.WanTransformer(config).state_dict()
@@ -247,6 +250,7 @@ def test_diffusers_config_refusals(change: dict, says: str) -> None:
         ({"num_layers": 0}, "num_layers"),
         ({"eps": 0.0}, "eps"),
         ({"frame_vector_dim": -1}, "frame_vector_dim"),
+        ({"place_octaves": -1}, "place_octaves"),
         ({"num_head": 2}, "did you mean"),
     ],
 )
@@ -255,10 +259,11 @@ def test_own_config_refusals(change: dict, says: str) -> None:
         WanConfig.from_dict(TINY.to_dict() | change)
 
 
-def test_own_options_have_no_public_spelling() -> None:
-    config = WanConfig(dim=24, ffn_dim=20, num_layers=1, num_heads=2, frame_vector_dim=3)
+@pytest.mark.parametrize("option", ["frame_vector_dim", "extra_channels", "place_octaves"])
+def test_own_options_have_no_public_spelling(option: str) -> None:
+    config = WanConfig.from_dict({"dim": 24, "ffn_dim": 20, "num_layers": 1, "num_heads": 2, option: 3})
     for spell in (config.to_original, config.to_diffusers):
-        with pytest.raises(ValueError, match="frame_vector_dim"):
+        with pytest.raises(ValueError, match=option):
             spell()
 
 

@@ -36,7 +36,10 @@ class WanConfig:
     `in_channels` are the latent channels of the video; `extra_channels` are further input channels (masks, a
     conditioning image) concatenated after them, so the patch embedding sees `in_channels + extra_channels`.
     `frame_vector_dim` is the width of an optional vector per latent frame (actions, camera); 0 means none.
-    `text_len` rows of text states of width `text_dim` are attended, padding included.
+    `text_len` rows of text states of width `text_dim` are attended, padding included. `place_octaves` > 0 adds a
+    learned map of a token's row and column to it: rotary positions alone tell attention how far two
+    tokens are apart, but what it fetches does not say where it was, and a narrow network has few heads to find out.
+    0 means none, as in every published network.
 
     Raises ValueError (got, expected, fix) for sizes that no network can be built from.
     Source: Wan2.1 `wan/configs/wan_t2v_1_3B.py`, `wan/configs/shared_config.py`.
@@ -55,6 +58,7 @@ class WanConfig:
     eps: float = 1e-6
     frame_vector_dim: int = 0
     extra_channels: int = 0
+    place_octaves: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -71,6 +75,7 @@ class WanConfig:
         _check_int("freq_dim", self.freq_dim, at_least=2)
         _check_int("frame_vector_dim", self.frame_vector_dim, at_least=0)
         _check_int("extra_channels", self.extra_channels, at_least=0)
+        _check_int("place_octaves", self.place_octaves, at_least=0)
         if self.dim % self.num_heads:
             raise ValueError(
                 f"got dim={self.dim}, num_heads={self.num_heads}; expected a dim that the heads divide evenly; "
@@ -100,6 +105,11 @@ class WanConfig:
         object.__setattr__(self, "patch_size", patch)  # JSON hands over a list
         if not self.eps > 0:
             raise ValueError(f"got eps={self.eps}; expected a positive number; Wan2.1 uses 1e-6")
+
+    @property
+    def place_features(self) -> int:
+        """Inputs of the map of places: a coordinate, its sines and its cosines, for rows and for columns."""
+        return 2 * (1 + 2 * self.place_octaves)
 
     @property
     def head_dim(self) -> int:
@@ -231,7 +241,7 @@ class WanConfig:
         return values if self.text_len == 512 else values | {"text_len": self.text_len}
 
     def _refuse_own_options(self, spelling: str) -> None:
-        for name in ("frame_vector_dim", "extra_channels"):
+        for name in ("frame_vector_dim", "extra_channels", "place_octaves"):
             if getattr(self, name):
                 raise ValueError(
                     f"got {name}={getattr(self, name)}; the {spelling} format cannot hold it; expected 0; write format "
@@ -269,7 +279,7 @@ def infer_config(
     if rest:
         raise ValueError(f"got head.head.weight with {head[0]} rows; expected a multiple of the patch volume {voxels}")
     latent = out_channels if num_latent_channels is None else num_latent_channels
-    frame = shapes.get("frame_embedding.0.weight")
+    frame, place = shapes.get("frame_embedding.0.weight"), shapes.get("place_embedding.weight")
     return WanConfig(
         dim=dim,
         ffn_dim=ffn[0],
@@ -283,6 +293,7 @@ def infer_config(
         freq_dim=time[1],
         frame_vector_dim=frame[1] if frame is not None and len(frame) == 2 else 0,
         extra_channels=max(0, patch[1] - latent),
+        place_octaves=(place[1] - 2) // 4 if place is not None and len(place) == 2 else 0,
     )
 
 

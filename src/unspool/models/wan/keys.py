@@ -57,7 +57,7 @@ MAPS: dict[str, tuple[KeyMap, ...]] = {"own": (), "original": (FUSIONS,), "diffu
 """For each format, the maps that lead from `own` to it, in order."""
 
 _FUSED_PARTS = {part for rule in FUSIONS.rules for part in rule.parts}
-_OPTIONAL = ("frame_embedding.{i}.{p}",)
+_OPTIONAL = ("frame_embedding.{i}.{p}", "place_embedding.{p}")
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "own": (*(t for t in _RENAMES if t not in _FUSED_PARTS), *(rule.whole for rule in FUSIONS.rules), *_OPTIONAL),
     "original": (*_RENAMES, *_OPTIONAL),
@@ -153,6 +153,8 @@ def own_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     if config.frame_vector_dim:
         _linear(shapes, "frame_embedding.0", config.frame_vector_dim, d)
         _linear(shapes, "frame_embedding.2", d, d)
+    if config.place_octaves:
+        _linear(shapes, "place_embedding", config.place_features, d)
     for i in range(config.num_layers):
         block = f"blocks.{i}"
         shapes[f"{block}.modulation"] = (1, 6, d)

@@ -6,6 +6,8 @@ block is cut in two methods around the attention over the past, so that both can
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +35,15 @@ def wide_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         bias = None if layer.bias is None else upcast(layer.bias)
         return F.linear(upcast(x), upcast(layer.weight), bias)
+
+
+def place_features(count: int, octaves: int) -> Tensor:
+    """[count, 1 + 2 octaves] in fp64 for `count` tokens along one side of the picture: the coordinate u of each centre
+    in (-1, 1), sin(pi 2^k u) and cos(pi 2^k u). They are of the picture, not of the grid: another resolution has the
+    same places."""
+    u = (2.0 * torch.arange(count, dtype=torch.float64) + 1.0) / count - 1.0
+    angles = math.pi * u[:, None] * 2.0 ** torch.arange(octaves)
+    return torch.cat([u[:, None], angles.sin(), angles.cos()], dim=1)
 
 
 def time_features(timestep: Tensor, width: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from unspool.causal.context import Context, Site
 from unspool.models.base import Conditioning, Prompts, Text, patch_grid
 from unspool.models.wan.config import WanConfig
-from unspool.models.wan.layers import Block, Head, time_features, wide_linear
+from unspool.models.wan.layers import Block, Head, place_features, time_features, wide_linear
 from unspool.ops.rope import Rope
 from unspool.shapes import to_device
 
@@ -40,6 +40,8 @@ class WanTransformer(nn.Module):
         dim = config.dim
         channels = config.in_channels + config.extra_channels
         self.patch_embedding = nn.Conv3d(channels, dim, config.patch_size, config.patch_size)
+        if config.place_octaves:
+            self.place_embedding = nn.Linear(config.place_features, dim)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
@@ -145,7 +147,21 @@ class WanTransformer(nn.Module):
         _, ph, pw = self.config.patch_size
         patches = rearrange(x, "b t c (h p) (w q) -> b (t h w) (c p q)", p=ph, q=pw)
         # A convolution whose kernel is its stride is a matrix product. The stream keeps the dtype of the weights.
-        return F.linear(patches, weight.flatten(1), self.patch_embedding.bias).to(weight.dtype)
+        hidden = F.linear(patches, weight.flatten(1), self.patch_embedding.bias)
+        if self.config.place_octaves:
+            grid = patch_grid(x.shape[3], x.shape[4], self.config.patch_size)
+            hidden = (hidden.unflatten(1, (x.shape[1], -1)) + self._places(grid)).flatten(1, 2)
+        return hidden.to(weight.dtype)
+
+    def _places(self, grid: tuple[int, int]) -> Tensor:
+        """What is added to the tokens [rows * columns, dim] of every latent frame for where they are."""
+        weight, bias = self.place_embedding.weight, self.place_embedding.bias
+        of_row, of_column = weight.chunk(2, dim=1)
+        rows, columns = (
+            to_device(place_features(count, self.config.place_octaves).to(weight.dtype), weight.device)
+            for count in grid
+        )
+        return (F.linear(rows, of_row, bias)[:, None] + F.linear(columns, of_column)).flatten(0, 1)
 
     def _time(self, sigma: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
         """Embedding [b|1, t|1, dim] and modulation [b|1, t|1, 6, dim], computed once per distinct sigma.
