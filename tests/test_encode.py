@@ -15,7 +15,9 @@ from unspool.cli import main as front
 from unspool.data.batch import Batch
 from unspool.data.encoding import Loaded, encode_source, load_file_or_name
 from unspool.data.shards import LatentShards, LatentShardsConfig
+from unspool.data.stage import StageClips
 from unspool.data.videos import VideoFolder, VideoFolderConfig
+from unspool.data.worlds.stage import StageConfig
 from unspool.engine.export import write_video
 
 CLIP = ["num_frames=5", "height_px=16", "width_px=24", "caption_pattern={name}"]
@@ -142,6 +144,19 @@ def test_an_interrupted_run_continues(tmp_path: Path, encode, monkeypatch: pytes
     assert calls == [6, 0, 6, 7, 8]  # clip 0 only tells the shape
     assert encode(*command, tmp_path / "b") == 0
     assert torch.equal(opened(tmp_path / "a").clips(range(9)).latents, opened(tmp_path / "b").clips(range(9)).latents)
+
+
+def test_clips_of_different_stages_do_not_mix(tmp_path: Path) -> None:
+    """The header says what of the stage is not as usual; an attribute that is named twice comes twice as often."""
+    codec = Loaded(module=Averages(), name="x")
+    motions = ("orbits", "orbits", "rests")
+    for name, world in (("usual", StageConfig()), ("circles", StageConfig(motions=motions))):
+        clips = StageClips(world, frames=5, size_px=16)
+        header = encode_source(clips, codec, tmp_path / name, fps=16.0, limit=2).header
+        told = {"source": "StageClips"} | ({"motions": list(motions)} if name == "circles" else {})
+        assert json.loads(header.source) == told
+    with pytest.raises(ValueError, match="source"):
+        encode_source(StageClips(frames=5, size_px=16), codec, tmp_path / "circles", fps=16.0, limit=4)
 
 
 def test_a_failure_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from unspool.config import apply_overrides, locate
+from unspool.data.worlds.stage import StageConfig
 from unspool.log import read_metrics
 from unspool.recipes import RECIPES
 from unspool.recipes.stage_model import PARTS, TAKEN, StageModel, StageModelConfig
@@ -91,6 +92,14 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
             StageModelConfig(out=tmp_path, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"PART\.a\.b=c"):
         StageModelConfig(out=tmp_path, overrides=("steps=3",))
+    with pytest.raises(ValueError, match="motions"):
+        StageModelConfig(out=tmp_path, overrides=("latents.motions=[flies]",))
+
+
+def test_the_stage_that_is_rendered_can_be_changed(tmp_path: Path) -> None:
+    config = StageModelConfig(out=tmp_path, overrides=("latents.motions=[bounces,orbits,orbits]", "latents.sprites=1"))
+    assert config.stage == StageConfig(motions=("bounces", "orbits", "orbits"), sprites=(1.0,))
+    assert StageModelConfig(out=tmp_path).stage == StageConfig()
 
 
 def test_every_recipe_builds_its_configuration_and_says_what_it_is() -> None:

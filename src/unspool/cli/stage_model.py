@@ -18,7 +18,8 @@ class Args:
     """
 
     overrides: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Changes of the parts' recipes, such as teacher.train.steps=100 or codec.train.batch=8."""
+    """Changes of the parts' recipes, such as teacher.train.steps=100 or codec.train.batch=8, and of the stage that is
+    rendered for the networks, such as latents.motions=[bounces,orbits,orbits,rests] (twice: twice as often)."""
     size: int = 64
     """Side of the video in pixels: 64 for a CPU, 128 for a GPU."""
     out: Path = Path("runs")

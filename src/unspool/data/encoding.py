@@ -206,7 +206,8 @@ def _header(
     per_latent = (frames - 1) // (latent_frames - 1) if latent_frames > 1 else 1
     is_rule = 1 + per_latent * (latent_frames - 1) == frames
     c, h, w = latents.shape[1:]
-    describe = source.describe() if isinstance(source, Listed) else {"source": type(source).__name__}
+    told = getattr(source, "describe", None)
+    describe = told() if told is not None else {"source": type(source).__name__}
     return ShardHeader(
         codec=codec.name,
         codec_sha256=codec.sha256,

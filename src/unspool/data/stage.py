@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,6 +51,13 @@ class StageClips:
         if self.length is None:
             raise TypeError("an endless world has no len(); give StageClips(length=...)")
         return self.length
+
+    def describe(self) -> dict[str, object]:
+        """What of the stage is not as usual: clips of different stages do not mix in one data set."""
+        usual = StageConfig()
+        values = {f.name: (getattr(self.stage.config, f.name), getattr(usual, f.name)) for f in fields(usual)}
+        own = {name: value for name, (value, expected) in values.items() if value != expected}
+        return {"source": type(self).__name__, **own}
 
     def scene(self, index: int) -> Scene:
         """Clip `index`, counted from `first`."""

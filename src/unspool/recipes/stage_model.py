@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from unspool.config import apply_overrides, locate
 from unspool.data.shard_format import HEADER
+from unspool.data.worlds.stage import StageConfig
 from unspool.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class StageModelConfig:
     (None: to the end); `until` the last part to do; `parts` model folder whose codec and text encoder are taken instead
     of trained ones, by other recipes' latents for instance; `assets` folder that the few-step student's model goes to,
     `weights` folder for those of the teacher and of the many-step student (None: under `out`); `overrides` of the
-    parts' recipes, such as "teacher.train.steps=100".
+    parts' recipes, such as "teacher.train.steps=100", and of the stage whose clips are encoded, such as
+    "latents.motions=[bounces,orbits,orbits,rests]" (a name that is there twice comes twice as often).
     """
 
     size_px: int = 64
@@ -60,8 +62,10 @@ class StageModelConfig:
         if self.until not in PARTS:
             raise ValueError(f"until={self.until!r}: expected one of {', '.join(PARTS)}")
         for override in self.overrides:
-            if override.partition(".")[0] not in RECIPE_OF:
-                raise ValueError(f"override {override!r}: expected PART.a.b=c with a part {', '.join(RECIPE_OF)}")
+            if override.partition(".")[0] not in (*RECIPE_OF, "latents"):
+                known = ", ".join((*RECIPE_OF, "latents"))
+                raise ValueError(f"override {override!r}: expected PART.a.b=c with a part {known}")
+        _ = self.stage  # raises now for names that the stage does not have
         missing = [name for name in TAKEN if self.parts is not None and not (self.parts / name).is_file()]
         if missing:
             raise ValueError(
@@ -74,6 +78,15 @@ class StageModelConfig:
     def home(self) -> Path:
         """Folder of this size's runs."""
         return self.out / f"stage-{self.size_px}"
+
+    @property
+    def stage(self) -> StageConfig:
+        """The stage whose clips are encoded."""
+        return apply_overrides(StageConfig(), self.of("latents"))
+
+    def of(self, part: str) -> list[str]:
+        """The overrides of one part."""
+        return [o.partition(".")[2] for o in self.overrides if o.partition(".")[0] == part]
 
 
 class StageModel:
@@ -135,7 +148,7 @@ class StageModel:
         from unspool.data.encoding import encode_source, load_file_or_name
         from unspool.data.stage import StageClips
 
-        clips = StageClips(frames=81, size_px=self.config.size_px)
+        clips = StageClips(self.config.stage, frames=81, size_px=self.config.size_px)
         codec = load_file_or_name(str(self.home / "codec.safetensors"), {"Taehv": "unspool.models.taehv:Taehv"})
         step = max(1, self.config.clips // 20)
         encode_source(
@@ -203,8 +216,7 @@ class StageModel:
             made = replace(made, critic=str(self.home / "distil" / "critic.safetensors"))
         if part in ("distil", "long"):
             made = replace(made, teacher=self._trained("teacher" if made.method.teacher.reads == "all" else "student"))
-        own = [o.partition(".")[2] for o in self.config.overrides if o.partition(".")[0] == part]
-        return apply_overrides(made, own)
+        return apply_overrides(made, self.config.of(part))
 
     def _name(self, part: str) -> str:
         """The recipe's; captions do not depend on the size."""
@@ -262,8 +274,8 @@ class StageModel:
         from unspool.recipes.stage_folder import machine
 
         minutes = {part: note.get("minutes") for part, note in self._notes().items()}
-        return {"recipe": self._name(role), "clips": self.config.clips, "minutes": minutes, **machine(),
-                "config": to_dict(self._recipe(role))}  # fmt: skip
+        return {"recipe": self._name(role), "clips": self.config.clips, "stage": to_dict(self.config.stage),
+                "minutes": minutes, **machine(), "config": to_dict(self._recipe(role))}  # fmt: skip
 
 
 def _device() -> str:
