@@ -304,6 +304,18 @@ def test_contract(name: str) -> None:
         method.step(clips(4), "teacher", 0, rng())
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.1, 1.0, 3.0])
+def test_what_a_clip_begins_with_counts_as_much_as_is_said(weight: float) -> None:
+    network, batch, frames = tiny_wan(), clips(5), 5  # chunks of 2, 2 and 1
+    result, call = recorded(TeacherForcing, dataclasses.replace(TF, first_weight=weight), network, batch)
+    x, sigma, x0 = call.x[:, frames:], call.sigma[:, frames:, None, None, None], batch.latents
+    assert x0 is not None
+    target = (x - (1 - sigma) * x0) / sigma - x0
+    said = network(call.x, call.sigma, call.cond, call.context)[:, frames:]
+    error = (said - target).square().flatten(2).mean(2).mean(0)
+    torch.testing.assert_close(result.loss, (weight * error[:2].sum() + error[2:].sum()) / frames)
+
+
 def test_one_clean_chunk_alone_is_refused() -> None:
     config = dataclasses.replace(DF, clean_first=0.1)
     with pytest.raises(ValueError, match="longer clips"):
@@ -319,7 +331,7 @@ def test_configs() -> None:
     for config, overrides in (
         (window, ["plan.chunk=4"]), (TF, ["sigma_commit=2"]), (TF, ["context.share=0.5"]), (TF, ["weight=no"]),
         (NOISY, ["context.max_sigma=1.5"]), (NOISY, ["context.per=frame"]), (DF, ["clean_first=2"]),
-        (DF, ["drop_text=-1"]),
+        (DF, ["drop_text=-1"]), (TF, ["first_weight=-0.1"]), (TF, ["first_weight=.inf"]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"expected|use|set both"):
             apply_overrides(config, overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -66,7 +67,9 @@ class TeacherForcingConfig:
 
     Fields: `plan`, `visibility`, `positions`, `sigma`, `weight`, `drop_text`, `backend` as `DiffusionForcingConfig`;
     `sigma_commit` the level that the network is told for the clean copy, that of the rollout's commit pass; `context`
-    noise on the clean copy.
+    noise on the clean copy; `first_weight` the loss of the first chunk counts so much. What a clip begins with is
+    mostly undetermined, so at high noise its error is many times that of a continuation, and its gradient drowns the
+    one by which motion is learnt (docs/stage-model.md "What was tried"): below 1 where beginnings are known already.
     """
 
     plan: ChunkPlan
@@ -77,6 +80,7 @@ class TeacherForcingConfig:
     positions: Positions = field(default_factory=Absolute)
     sigma_commit: float = 0.0
     context: ContextNoise = field(default_factory=ContextNoise)
+    first_weight: float = 1.0
     backend: Backend = "slices"
 
     def __post_init__(self) -> None:
@@ -84,6 +88,8 @@ class TeacherForcingConfig:
         check_weight(self.weight)
         check_share("drop_text", self.drop_text)
         check_commit_level(self.sigma_commit)
+        if not 0.0 <= self.first_weight < math.inf:
+            raise ValueError(f"first_weight={self.first_weight}: expected a finite weight of at least 0")
 
 
 class TeacherForcing:
@@ -126,6 +132,8 @@ class TeacherForcing:
         clean = self._clean(x0, chunk_of, rng)
         prediction = self._predict(self.student, FLOW.add_noise(x0, noise, sigma), sigma, prompts, clean)
         weights = self.config.sigma.weigh(sigma, self.config.weight)
+        if self.config.first_weight != 1.0:
+            weights = weights * torch.where(chunk_of == 0, self.config.first_weight, 1.0)
         return velocity_loss(prediction, FLOW.target(x0, noise, sigma), sigma, weights=weights)
 
     def _clean(self, x0: Tensor, chunk_of: Tensor, rng: torch.Generator) -> Clean:
