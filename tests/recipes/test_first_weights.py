@@ -82,6 +82,43 @@ def test_a_recipe_begins_with_a_model(name: str, source: str, home: Path) -> Non
             torch.testing.assert_close(value, expected[key], rtol=0, atol=0, msg=f"{role} {key}")
 
 
+@pytest.fixture(scope="module")
+def later(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the same network after a training."""
+    file = tmp_path_factory.mktemp("later") / "student.safetensors"
+    torch.manual_seed(1)
+    moved = {name: t + 0.1 * torch.randn_like(t) for name, t in load_file(home / "student.safetensors").items()}
+    save_file(moved, file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "consistency", "self-forcing"])
+def test_the_progress_of_another_network_is_added_to_the_student_alone(name: str, home: Path, later: Path) -> None:
+    start, other = str(home / "model"), str(later)
+    changes = (f"progress.now={other}", f"progress.before={home / 'student.safetensors'}", "progress.share=0.5")
+    recipe = made(name, home, f"start={start}", *changes)
+    recipe = replace(recipe, **({"teacher": start} if hasattr(recipe, "teacher") else {}))
+    method = recipe.build_method(CPU)
+    first, after = load_file(home / "student.safetensors"), load_file(later)
+    for key, value in method.networks["student"].state_dict().items():
+        if key.startswith("backbone."):
+            expected = first[key] + 0.5 * (after[key] - first[key])
+            torch.testing.assert_close(value, expected, msg=key)
+    teacher = getattr(method, "frozen", {}).get("teacher")
+    for key, value in teacher.state_dict().items() if teacher is not None else ():
+        if key.startswith("backbone."):
+            torch.testing.assert_close(value, first[key], rtol=0, atol=0, msg=key)
+
+
+def test_progress_without_one_of_its_ends_is_refused(home: Path, later: Path) -> None:
+    with pytest.raises(ValueError, match=r"progress\.before='': give both"):
+        made("student", home, f"progress.now={later}", f"start={home}")
+    with pytest.raises(ValueError, match=r"progress\.share=0\.5 has no effect"):
+        made("student", home, "progress.share=0.5")
+    with pytest.raises(ValueError, match=r"without start=.*give start="):
+        made("student", home, "start=", f"progress.now={later}", f"progress.before={later}")
+
+
 def test_a_text_encoder_in_the_student_is_that_of_the_model_folder(home: Path) -> None:
     recipe = replace(made("student", home), text=str(home / "other.safetensors"), start=str(home / "model"))
     found, theirs = recipe.build_method(CPU).networks["student"].text, load_file(home / "text.safetensors")

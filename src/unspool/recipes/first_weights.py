@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -20,13 +21,27 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from unspool.methods.base import Method
+    from unspool.recipes.stage_parts import Progress
 
 BACKBONE, TEXT = "backbone.", "text."
 """What the names of a training's export begin with."""
 
 
-def begin_from(method: Method, path: str) -> Method:
-    """The method with its student's weights read from `path` (nothing happens without one); as `load_network`.
+def add_progress(network: nn.Module, progress: Progress) -> None:
+    """Add it to the network's weights; nothing where none is named. Raises as `load_network`."""
+    if not progress.now:
+        return
+    now, before = copy.deepcopy(network), copy.deepcopy(network)
+    load_network(now, progress.now)
+    load_network(before, progress.before)
+    with torch.no_grad():
+        for own, after, first in zip(network.parameters(), now.parameters(), before.parameters(), strict=True):
+            own.add_(after - first, alpha=progress.share)
+
+
+def begin_from(method: Method, path: str, progress: Progress | None = None) -> Method:
+    """The method with its student's weights read from `path` (nothing happens without one), and `progress` added; as
+    `load_network`.
 
     A text encoder in the student gets what lies beside the network: the export's `text.*`, the model folder's encoder.
     Where there is none it stays as it is.
@@ -35,6 +50,8 @@ def begin_from(method: Method, path: str) -> Method:
         return method
     student: Any = method.networks["student"]
     load_network(student.backbone, path)
+    if progress is not None:
+        add_progress(student.backbone, progress)
     if not student.encodes:
         return method
     found = model_at(path)
@@ -178,4 +195,12 @@ def _shown(config: Any, names: list[str]) -> str:
     return ", ".join(f"{name} {getattr(config, name)}" for name in names)
 
 
-__all__ = ["begin_from", "check_codecs", "check_text", "load_network", "model_at", "weights_file"]
+__all__ = [
+    "add_progress",
+    "begin_from",
+    "check_codecs",
+    "check_text",
+    "load_network",
+    "model_at",
+    "weights_file",
+]

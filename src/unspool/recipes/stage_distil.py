@@ -62,16 +62,18 @@ class DistilRecipe(LatentRecipe):
         return self.steps
 
     def parts(self, device: torch.device, *files: str) -> tuple[list[WanTransformer], CaptionEncoder]:
-        """A network for each weight file ("" leaves new weights), and the text encoder. Raises ValueError for weights
-        of other sizes, of other codecs than the data, or of a model that reads captions with another encoder."""
-        from unspool.recipes.first_weights import check_text, load_network
+        """A network for each weight file ("" leaves new weights), the first one with `progress` added, and the text
+        encoder. Raises ValueError for weights of other sizes, of other codecs than the data, or of a model that reads
+        captions with another encoder."""
+        from unspool.recipes.first_weights import add_progress, check_text, load_network
 
-        self.check_codecs(*files)
+        self.check_codecs(*files, *self.progress.paths)
         first, text = self.student_parts(device)
         made = [first, *(self.student_parts(device)[0] for _ in files[1:])]
         for network, file in zip(made, files, strict=True):
             load_network(network, file)
-        check_text(text, self.text, *files)
+        add_progress(first, self.progress)
+        check_text(text, self.text, *files, *self.progress.paths)
         return made, text
 
 

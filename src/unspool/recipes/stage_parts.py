@@ -91,6 +91,32 @@ class ShortClips:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a training gave another network, added to the first weights: `share` times (`now` - `before`).
+
+    A few-step student takes over what its many-step student has learnt since it was distilled, without a step of its
+    own. Paths as of all weights; the networks have the sizes of the one that begins. Source: arXiv:2212.04089.
+    """
+
+    now: str = ""
+    before: str = ""
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if bool(self.now) != bool(self.before):
+            raise ValueError(
+                f"progress.now={self.now!r}, progress.before={self.before!r}: give both, the weights after and before "
+                "a training, or neither"
+            )
+        if not self.now and self.share != 1.0:
+            raise ValueError(f"progress.share={self.share} has no effect without progress.now and progress.before")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.now, self.before) if self.now else ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentRecipe(Recipe):
     """Base of what trains a network on encoded clips.
 
@@ -98,8 +124,9 @@ class LatentRecipe(Recipe):
     rates it forgets what the loss does not ask for yet, shapes and motions first (read off its states after 3,000
     steps: shapes 1.00 before, .40 after); `data` a folder of latents, of which `changes` keeps the clips whose prompt
     changes; `start` weights of the student to begin with: as all weights of recipes a training's export, a model folder
-    or the transformer's file in one; `mixed_codecs`: weights and data may come from codecs of different files, which
-    share an encoder; `codec` file that goes into the model folder which the run leaves ("": it leaves none).
+    or the transformer's file in one; `progress` of another network, added to them; `mixed_codecs`: weights and data may
+    come from codecs of different files, which share an encoder; `codec` file that goes into the model folder which the
+    run leaves ("": it leaves none).
     """
 
     network: WanConfig
@@ -108,6 +135,7 @@ class LatentRecipe(Recipe):
     changes: bool = False
     learn_text: bool = False
     start: str = ""
+    progress: Progress = field(default_factory=Progress)
     short: ShortClips = field(default_factory=ShortClips)
     in_memory: bool = True
     size_px: int = 64
@@ -119,6 +147,10 @@ class LatentRecipe(Recipe):
     harmless: ClassVar[tuple[str, ...]] = ("watch", "mixed_codecs", "codec")
 
     def __post_init__(self) -> None:
+        if self.progress.now and not self.start:
+            raise ValueError(
+                f"progress.now={self.progress.now} without start=: expected first weights to add it to; give start="
+            )
         if self.codec or self.watch.codec:
             self.rollout()  # raises now for what model.json could not say at the end
 
@@ -186,9 +218,9 @@ class TeacherRecipe(LatentRecipe):
         from unspool.methods.flow_matching import FlowMatching
         from unspool.recipes.first_weights import begin_from
 
-        self.check_codecs(self.start)
+        self.check_codecs(self.start, *self.progress.paths)
         network, text = self.student_parts(device)
-        return begin_from(FlowMatching(self.method, backbone=network, text=text), self.start)
+        return begin_from(FlowMatching(self.method, backbone=network, text=text), self.start, self.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +235,9 @@ class StudentRecipe(LatentRecipe):
         from unspool.methods.teacher_forcing import TeacherForcing
         from unspool.recipes.first_weights import begin_from
 
-        self.check_codecs(self.start)
+        self.check_codecs(self.start, *self.progress.paths)
         network, text = self.student_parts(device)
-        return begin_from(TeacherForcing(self.method, backbone=network, text=text), self.start)
+        return begin_from(TeacherForcing(self.method, backbone=network, text=text), self.start, self.progress)
 
 
 def made_first(size_px: int) -> str:
@@ -257,6 +289,7 @@ __all__ = [
     "CodecRecipe",
     "Full",
     "LatentRecipe",
+    "Progress",
     "ShortClips",
     "StudentRecipe",
     "TeacherRecipe",
