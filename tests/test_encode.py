@@ -147,7 +147,7 @@ def test_an_interrupted_run_continues(tmp_path: Path, encode, monkeypatch: pytes
 
 
 def test_clips_of_different_stages_do_not_mix(tmp_path: Path) -> None:
-    """The header says what of the stage is not as usual; an attribute that is named twice comes twice as often."""
+    """The header says what of the stage is not as usual; a motion that is named twice comes twice as often."""
     codec = Loaded(module=Averages(), name="x")
     motions = ("orbits", "orbits", "rests")
     for name, world in (("usual", StageConfig()), ("circles", StageConfig(motions=motions))):
@@ -155,8 +155,12 @@ def test_clips_of_different_stages_do_not_mix(tmp_path: Path) -> None:
         header = encode_source(clips, codec, tmp_path / name, fps=16.0, limit=2).header
         told = {"source": "StageClips"} | ({"motions": list(motions)} if name == "circles" else {})
         assert json.loads(header.source) == told
-    with pytest.raises(ValueError, match="source"):
-        encode_source(StageClips(frames=5, size_px=16), codec, tmp_path / "circles", fps=16.0, limit=4)
+    for other in (
+        StageClips(frames=5, size_px=16),
+        StageClips(StageConfig(motions=motions), split="dev", frames=5, size_px=16),
+    ):
+        with pytest.raises(ValueError, match="source"):
+            encode_source(other, codec, tmp_path / "circles", fps=16.0, limit=4)
 
 
 def test_a_failure_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from unspool.config import apply_overrides, locate
+from unspool.data.shard_format import ShardHeader, write_header
+from unspool.data.stage import StageClips
 from unspool.data.worlds.stage import StageConfig
 from unspool.log import read_metrics
 from unspool.recipes import RECIPES
@@ -94,12 +96,30 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         StageModelConfig(out=tmp_path, overrides=("steps=3",))
     with pytest.raises(ValueError, match="motions"):
         StageModelConfig(out=tmp_path, overrides=("latents.motions=[flies]",))
+    with pytest.raises(ValueError, match=r"latents\.colours=.*each once"):
+        StageModelConfig(out=tmp_path, overrides=("latents.colours=[red,red,blue]",))
 
 
 def test_the_stage_that_is_rendered_can_be_changed(tmp_path: Path) -> None:
     config = StageModelConfig(out=tmp_path, overrides=("latents.motions=[bounces,orbits,orbits]", "latents.sprites=1"))
     assert config.stage == StageConfig(motions=("bounces", "orbits", "orbits"), sprites=(1.0,))
     assert StageModelConfig(out=tmp_path).stage == StageConfig()
+
+
+def test_clips_of_another_stage_than_the_command_says_are_refused(tmp_path: Path) -> None:
+    """Or the models would state a stage that they were not trained on."""
+    own = StageClips(StageConfig(motions=("orbits", "rests"))).describe()
+    (tmp_path / "stage-64" / "latents").mkdir(parents=True)
+    header = ShardHeader(
+        codec="none", codec_sha256=None, normalisation="none", dtype="float32", fps=16.0, num_frames=5, height_px=64,
+        width_px=64, latent_shape=(16, 8, 8), frames_rule="1 + 4k", source=json.dumps(own),
+    )  # fmt: skip
+    write_header(tmp_path / "stage-64" / "latents", header, num_clips=0, is_complete=True)
+    (tmp_path / "stage-64" / "parts.json").write_text('{"latents": {"made": true}}')
+    same = StageModel(StageModelConfig(out=tmp_path, overrides=("latents.motions=[orbits,rests]",)))
+    assert same._is_made("latents")
+    with pytest.raises(ValueError, match=r"holds clips of .*orbits.*give the latents\.\* that it was made with"):
+        StageModel(StageModelConfig(out=tmp_path))._is_made("latents")
 
 
 def test_every_recipe_builds_its_configuration_and_says_what_it_is() -> None:

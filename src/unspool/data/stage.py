@@ -53,9 +53,10 @@ class StageClips:
         return self.length
 
     def describe(self) -> dict[str, object]:
-        """What of the stage is not as usual: clips of different stages do not mix in one data set."""
+        """What of the stage and of its clips is not as usual: clips of different ones do not mix in one data set."""
         usual = StageConfig()
         values = {f.name: (getattr(self.stage.config, f.name), getattr(usual, f.name)) for f in fields(usual)}
+        values |= {"split": (self.split, "train"), "first": (self.first, 0), "moment": (self.moment, False)}
         own = {name: value for name, (value, expected) in values.items() if value != expected}
         return {"source": type(self).__name__, **own}
 

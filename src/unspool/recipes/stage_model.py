@@ -43,7 +43,7 @@ class StageModelConfig:
     of trained ones, by other recipes' latents for instance; `assets` folder that the few-step student's model goes to,
     `weights` folder for those of the teacher and of the many-step student (None: under `out`); `overrides` of the
     parts' recipes, such as "teacher.train.steps=100", and of the stage whose clips are encoded, such as
-    "latents.motions=[bounces,orbits,orbits,rests]" (a name that is there twice comes twice as often).
+    "latents.motions=[bounces,orbits,orbits,rests]" (a motion that is there twice comes twice as often).
     """
 
     size_px: int = 64
@@ -65,7 +65,11 @@ class StageModelConfig:
             if override.partition(".")[0] not in (*RECIPE_OF, "latents"):
                 known = ", ".join((*RECIPE_OF, "latents"))
                 raise ValueError(f"override {override!r}: expected PART.a.b=c with a part {known}")
-        _ = self.stage  # raises now for names that the stage does not have
+        colours = self.stage.colours  # raises now for names that the stage does not have
+        if len(set(colours)) < len(colours):
+            raise ValueError(
+                f"latents.colours={list(colours)}: expected each once, for sprites of a scene differ in it"
+            )
         missing = [name for name in TAKEN if self.parts is not None and not (self.parts / name).is_file()]
         if missing:
             raise ValueError(
@@ -247,7 +251,23 @@ class StageModel:
     def _is_made(self, part: str) -> bool:
         if part == "models":
             return False
-        return self._notes().get(part, {"made": False}).get("made", True) and self._made_by(part).is_file()
+        is_made = self._notes().get(part, {"made": False}).get("made", True) and self._made_by(part).is_file()
+        if is_made and part == "latents":
+            self._check_latents()
+        return is_made
+
+    def _check_latents(self) -> None:
+        """Raise ValueError for clips of another stage than this command says, which the models would state."""
+        from unspool.data.shard_format import read_header
+        from unspool.data.stage import StageClips
+
+        folder = self.home / "latents"
+        got, expected = json.loads(read_header(folder)[0].source), StageClips(self.config.stage).describe()
+        if got != json.loads(json.dumps(expected)):
+            raise ValueError(
+                f"{folder} holds clips of {got}; expected {expected}, as latents.* say; give the latents.* that it was "
+                "made with, or another --out"
+            )
 
     def _made_by(self, part: str) -> Path:
         """The file with which a part ends."""
