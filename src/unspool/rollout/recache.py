@@ -45,6 +45,11 @@ def plan_recache(
         everything = FrameSet.of((floor, now)) | (visibility.keep if isinstance(visibility, Since) else held)
         return RecachePlan(visibility, held, _passes(everything, FrameSet(), plan, now, bidirectional, sigma))
     if bidirectional and reach >= now:
+        if len(sink_of(base)) and not isinstance(base, Window):
+            raise ValueError(
+                f"policy='recache_bidirectional' at latent frame {now} replaces the sink, which {type(base).__name__} "
+                "cannot move; use policy='recache', or Window"
+            )
         sink = "replaced"  # as published: a recache that reaches frame 0 does not spare the sink
     size = len(sink_of(base))
     if sink == "replaced" and size:
