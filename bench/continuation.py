@@ -72,14 +72,17 @@ def continued(
     stream = Rollout(
         pipe.transformer, config, pipe.wording.states(texts), noise=CounterNoise(0),
         latent_size=(latents.shape[3], latents.shape[4]), prefix=latents[:, :past], negative=negative,
-        compiled=pipe.is_compiled,
+        compiled=pipe.is_compiled, cache=pipe.spec.rollout.cache,
     )  # fmt: skip
     return torch.cat([latents[:, :past], *(stream.next_chunk().latents for _ in range(chunks))], dim=1)
 
 
 def speed_kept(truth: Places, seen: Places, first: int) -> float | None:
     """Slope of the models' ways over the true ones, from the last frames of the past to half a second on, over the
-    clips that keep their speed; None for fewer than eight of them, or speeds that hardly differ."""
+    clips that keep their speed; None for fewer than eight of them, speeds that hardly differ, or less than half a
+    second made."""
+    if truth.shape[1] < first + 9:
+        return None
     before = np.hypot(*np.moveaxis(truth[:, first - 1] - truth[:, first - 5], 1, 0)) / 4
     after = np.hypot(*np.moveaxis(truth[:, first + 8] - truth[:, first - 1], 1, 0)) / 9
     ways = []
