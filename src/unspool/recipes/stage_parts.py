@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,8 @@ class Progress:
                 f"progress.now={self.now!r}, progress.before={self.before!r}: give both, the weights after and before "
                 "a training, or neither"
             )
+        if not math.isfinite(self.share):
+            raise ValueError(f"progress.share={self.share}: expected a finite number")
         if not self.now and self.share != 1.0:
             raise ValueError(f"progress.share={self.share} has no effect without progress.now and progress.before")
 
