@@ -257,7 +257,7 @@ def test_bad_measurements_are_refused() -> None:
         ({"l1": -1.0}, "l1=-1.0"),
         ({"noise": float("nan")}, "noise=nan"),
         ({"l1": 0.0, "mse": 0.0}, "nothing asks"),
-        ({"focus": "sprites"}, "expected one of none, deviation, gradient"),
+        ({"focus": "sprites"}, "expected one of 'none', 'deviation', 'gradient'"),
         ({"focus": "deviation"}, "set both or neither"),
         ({"focus_strength": 1.0}, "set both or neither"),
         ({"crop_px": 32}, "set both or neither"),

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from unspool.annotations import check_word
 from unspool.causal.mask import MaskBlock, MaskSpec
 from unspool.causal.visibility import MAIN
 from unspool.ops.attention import flex, sdpa
@@ -69,8 +70,7 @@ class FullSequence:
     def __init__(
         self, num_frames: int, mask: MaskSpec | None = None, *, backend: Backend = "slices", offset: int = 0
     ) -> None:
-        if backend not in get_args(Backend):
-            raise ValueError(f"backend={backend!r}: expected one of {get_args(Backend)}")
+        check_word("backend", backend, Backend)
         if mask is not None and mask.num_frames != num_frames:
             raise ValueError(
                 f"mask of {mask.num_frames} sequence frames for a sequence of {num_frames}; build it for num_frames"

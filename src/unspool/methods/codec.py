@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unspool.annotations import check_word
 from unspool.data.batch import Batch
 from unspool.methods.base import StepResult
 from unspool.methods.common import check_share, chosen, student_only
@@ -55,8 +56,7 @@ class CodecTrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a weight of at least 0")
         if self.l1 + self.mse <= 0.0:
             raise ValueError("l1=0 and mse=0: nothing asks for a reconstruction; set one of them")
-        if self.focus not in get_args(Focus):
-            raise ValueError(f"focus={self.focus!r}: expected one of {', '.join(get_args(Focus))}")
+        check_word("focus", self.focus, Focus)
         if (self.focus == "none") != (self.focus_strength == 0.0):
             raise ValueError(f"focus={self.focus!r} with focus_strength={self.focus_strength}: one has no effect "
                              "without the other; set both or neither")  # fmt: skip

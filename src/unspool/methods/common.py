@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from unspool.annotations import check_word
 from unspool.causal.context import Context, FullSequence
 from unspool.data.batch import Batch
 from unspool.diffusion.flow import FlowMatching
@@ -71,8 +72,7 @@ class SigmaLaw:
 
 def check_weight(weight: str) -> None:
     """Raise ValueError for a name that is no `Weight`."""
-    if weight not in get_args(Weight):
-        raise ValueError(f"weight={weight!r}: expected one of {', '.join(get_args(Weight))}")
+    check_word("weight", weight, Weight)
 
 
 def check_share(name: str, value: float) -> None:

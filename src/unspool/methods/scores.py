@@ -7,11 +7,12 @@ its latent frames, uniform, shifted towards noise, and only then clamped.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from unspool.annotations import check_word
 from unspool.causal.chunks import ChunkPlan
 from unspool.causal.context import Backend, FullSequence
 from unspool.causal.position import Absolute
@@ -140,8 +141,7 @@ class ScoreConfig:
     backend: Backend = "slices"
 
     def __post_init__(self) -> None:
-        if self.reads not in get_args(Reads):
-            raise ValueError(f"reads={self.reads!r}: expected one of {', '.join(get_args(Reads))}")
+        check_word("reads", self.reads, Reads)
         if (self.plan is None) != (self.reads == "all"):
             raise ValueError(
                 f"reads={self.reads!r} with plan={self.plan}: a causal score needs a plan, 'all' takes none"

@@ -78,8 +78,8 @@ class CounterNoise:
     sample_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_word("seed", self.seed)
-        _check_word("sample_offset", self.sample_offset)
+        _check_integer("seed", self.seed)
+        _check_integer("sample_offset", self.sample_offset)
         if self.sample_ids is None:
             return
         if self.sample_offset != 0:
@@ -88,7 +88,7 @@ class CounterNoise:
             )
         object.__setattr__(self, "sample_ids", tuple(self.sample_ids))
         for sample in self.sample_ids:
-            _check_word("sample id", sample)
+            _check_integer("sample id", sample)
 
     def draw(
         self,
@@ -104,9 +104,9 @@ class CounterNoise:
             ValueError: step or a latent frame is negative or above 64 bits, or b is not the number of sample ids.
         """
         samples = self._samples(shape[0])
-        _check_word("step", step)
+        _check_integer("step", step)
         for frame in (frames[0], frames[-1]) if len(frames) else ():
-            _check_word("latent frame", frame)
+            _check_integer("latent frame", frame)
         count = math.prod(shape[1:])
         values = np.empty((len(samples), len(frames), count), dtype=np.float32)
         for row, sample in enumerate(samples):
@@ -141,7 +141,7 @@ class CounterNoise:
         if self.sample_ids is None:
             ids = tuple(range(self.sample_offset, self.sample_offset + batch))
             if ids:
-                _check_word("sample id", ids[-1])
+                _check_integer("sample id", ids[-1])
             return ids
         if len(self.sample_ids) != batch:
             raise ValueError(f"got a batch of {batch}, expected {len(self.sample_ids)} samples: {self.sample_ids}")
@@ -164,7 +164,7 @@ class RecordedNoise:
     first_frame: int = 0
 
     def __post_init__(self) -> None:
-        _check_word("first_frame", self.first_frame)
+        _check_integer("first_frame", self.first_frame)
         if self.initial.ndim != 5:
             raise ValueError(f"got initial noise of shape {tuple(self.initial.shape)}, expected [b, F, c, h, w]")
         if self.renoise is not None and tuple(self.renoise.shape[1:]) != tuple(self.initial.shape):
@@ -261,6 +261,6 @@ def _entries(state: Mapping[str, object], source: str, names: tuple[str, ...]) -
     return tuple(state[name] for name in names)
 
 
-def _check_word(name: str, value: int) -> None:
+def _check_integer(name: str, value: int) -> None:
     if not isinstance(value, int) or not 0 <= value < _WORD:
         raise ValueError(f"got {name} {value}, expected an integer from 0 to 2^64 - 1")
