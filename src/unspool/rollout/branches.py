@@ -34,7 +34,7 @@ class Branches:
     def __init__(
         self,
         backbone: Backbone,
-        make_cache: Callable[[int], Cache],
+        make_cache: Callable[..., Cache],
         guidance: Guidance,
         negative: Tensor | None,
         batch: int,
@@ -46,9 +46,9 @@ class Branches:
         self.frame_conditions = frame_conditions
         self.doubled = guidance.is_active and guidance.mode == "batch"
         rows = 2 * batch if self.doubled else batch
-        self.caches = [make_cache(rows)]
+        self.caches = [make_cache(batch=rows)]
         if guidance.is_active and not self.doubled:
-            self.caches.append(make_cache(rows))
+            self.caches.append(make_cache(batch=rows))
         if guidance.is_active:
             _check_negative(negative, batch, guidance.scale)
         self.negative = None if negative is None else negative.clone()  # encoded later, as texts are

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unspool.causal.cache import CACHES
-from unspool.causal.cache.base import Cache, CacheFactory
+from unspool.causal.cache.base import CacheFactory
 from unspool.causal.cache.snapshot import Snapshot
 from unspool.causal.visibility import Kind, Segment, Visibility, capacity_of, outlived, sink_of
 from unspool.config import locate
@@ -77,22 +77,11 @@ class Rollout:
         self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.shape = (self.batch, backbone.latent_channels, *latent_size)
         self.visibility = config.visibility
-        tokens = backbone.tokens_per_frame(*latent_size)
-
-        factory = locate(cache, CACHES) if isinstance(cache, str) else cache
-
-        def make_cache(rows: int) -> Cache:
-            return factory(
-                backbone.sites,
-                batch=rows,
-                tokens_per_frame=tokens,
-                visibility=config.visibility,
-                positions=config.positions,
-                dtype=cache_dtype or weight.dtype,
-                device=weight.device,
-                compiled=compiled,
-            )
-
+        make_cache = partial(
+            locate(cache, CACHES) if isinstance(cache, str) else cache, backbone.sites,
+            tokens_per_frame=backbone.tokens_per_frame(*latent_size), visibility=config.visibility,
+            positions=config.positions, dtype=cache_dtype or weight.dtype, device=self.device, compiled=compiled,
+        )  # fmt: skip
         self._check_prefix(prefix)
         admit(backbone, [self.timeline.first, *(s.text for s in self.timeline.switches)])
         if config.guidance.is_active and negative is not None:
