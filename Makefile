@@ -51,7 +51,7 @@ format: $(STAMP) ## let ruff rewrite what it can
 exactness: $(STAMP) ## print the exactness table of docs/exactness.md
 	$(BIN)/unspool exactness $(ARGS)
 
-stage-model: $(STAMP) ## train the stage model from nothing at 64 px, an estimated nine hours; MINUTES=150 ends a leg
+stage-model: $(STAMP) ## train the stage model from nothing at 64 px, an estimated ten hours; MINUTES=150 ends a leg
 	$(BIN)/unspool stage-model $(if $(MINUTES),--max-minutes $(MINUTES)) $(ARGS)
 
 evaluate: $(STAMP) ## measure the stage model against the exact scorer: ARGS="--model runs/stage-64/model"

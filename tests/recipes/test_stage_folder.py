@@ -97,7 +97,7 @@ def test_what_is_not_made_yet_is_said_with_its_command(name: str, home: Path, tm
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("student", "weights/stage-64-many-step"), ("teacher", "weights/stage-64-teacher"),
+    [("motion", "weights/stage-64-many-step"), ("teacher", "weights/stage-64-teacher"),
      ("long", "src/unspool/assets/stage")],
 )  # fmt: skip
 def test_the_shipped_models_state_the_rollout_of_their_recipes(name: str, folder: str) -> None:

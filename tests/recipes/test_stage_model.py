@@ -13,13 +13,13 @@ from unspool.data.stage import StageClips
 from unspool.data.worlds.stage import StageConfig
 from unspool.log import read_metrics
 from unspool.recipes import RECIPES
-from unspool.recipes.stage_model import PARTS, TAKEN, StageModel, StageModelConfig
+from unspool.recipes.stage_model import OFTEN, PARTS, TAKEN, StageModel, StageModelConfig
 
 SMALL = (
     "codec.train.steps=2", "codec.train.batch=2", "codec.codec.encoder_widths=8,8,8,8", "codec.frames=9",
     "codec.codec.decoder_widths=8,8,8,8",
     "text.train.steps=2", "text.train.batch=4", "text.text.dim=32", "text.text.layers=1", "text.text.out_dim=16",
-    *(f"{part}.{change}" for part in ("teacher", "student", "few", "distil", "long") for change in (
+    *(f"{part}.{change}" for part in ("teacher", "student", "motion", "few", "distil", "long") for change in (
         "train.steps=4", "train.batch=2", "network.dim=32", "network.ffn_dim=64", "network.num_layers=1",
         "network.num_heads=2", "network.text_dim=16", "train.compile=false", "watch.every=4", "watch.clips=2",
         "watch.frames=21", "watch.steps=2",
@@ -103,7 +103,7 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
 def test_the_stage_that_is_rendered_can_be_changed(tmp_path: Path) -> None:
     config = StageModelConfig(out=tmp_path, overrides=("latents.motions=[bounces,orbits,orbits]", "latents.sprites=1"))
     assert config.stage == StageConfig(motions=("bounces", "orbits", "orbits"), sprites=(1.0,))
-    assert StageModelConfig(out=tmp_path).stage == StageConfig()
+    assert StageModelConfig(out=tmp_path).stage == StageConfig(motions=OFTEN)
 
 
 def test_clips_of_another_stage_than_the_command_says_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ class Args:
     few steps, model folders.
 
     No download and no data are needed: the clips are rendered. Run it again to go on where it stopped; every part is
-    kept under --out and made once. An estimated nine hours on two CPU cores at 64 px.
+    kept under --out and made once. An estimated ten hours on two CPU cores at 64 px.
     """
 
     overrides: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -29,7 +29,7 @@ class Args:
     max_minutes: float | None = None
     """End this leg with everything saved after so many minutes."""
     until: str = "models"
-    """Last part to do: codec, text, latents, teacher, student, few, distil, long or models."""
+    """Last part to do: codec, text, latents, teacher, student, motion, few, distil, long or models."""
     parts: Path | None = None
     """Model folder whose codec and text encoder are taken instead of training them, such as weights/stage-64-many-step:
     with --until latents all that other recipes for the stage need."""

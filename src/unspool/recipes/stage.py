@@ -1,12 +1,15 @@
 """The trainings of the stage model: at 64 px for two CPU cores, at 128 px for one large GPU.
 
-Each is one part of `unspool stage-model`, which runs them in order (codec, text, encoding, teacher, student) and writes
-the model; each can be run, continued and changed for itself with `unspool train`.
+Each is one part of `unspool stage-model`, which runs them in order (codec, text, encoding, teacher, student, motion)
+and writes the model; each can be run, continued and changed for itself with `unspool train`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from unspool.methods.codec import CodecTrainingConfig
+from unspool.methods.common import SigmaLaw
 from unspool.methods.flow_matching import FlowMatchingConfig
 from unspool.methods.teacher_forcing import ContextNoise, TeacherForcingConfig
 from unspool.models.taehv import TaehvConfig
@@ -85,6 +88,18 @@ def student_64() -> StudentRecipe:
     )  # fmt: skip
 
 
+def motion_64() -> StudentRecipe:
+    """The many-step student learns how things move on: levels near 1, and hardly any loss of the first chunk.
+
+    Where a sprite will be is decided near pure noise, and there the first chunk, which has no past, has ten times the
+    error of the others (docs/stage-model.md). Two CPU cores: 65 minutes."""
+    return replace(
+        student_64(), start="runs/stage-64/student/student.safetensors", method=_motion(),
+        short=ShortClips(legs=((9, 3000),)),
+        train=train_config(steps=3600, batch=16, lr=4e-4, muon_lr=8e-4, decay=0.999, curve="wsd", compile=True),
+    )  # fmt: skip
+
+
 def codec_128() -> CodecRecipe:
     """Codec of the 128 px stage, for one GPU, not run yet: the published width at the lower resolutions."""
     return CodecRecipe(
@@ -122,6 +137,14 @@ def student_128() -> StudentRecipe:
         start="runs/stage-128/teacher/student.safetensors",
         method=_teacher_forcing(),
         train=train_config(steps=6000, batch=48, lr=1e-3, decay=0.999, curve="wsd", compile=True),
+    )  # fmt: skip
+
+
+def motion_128() -> StudentRecipe:
+    """The many-step student of the 128 px stage learns how things move on; for one GPU, not run yet."""
+    return replace(
+        student_128(), start="runs/stage-128/student/student.safetensors", method=_motion(),
+        train=train_config(steps=4000, batch=48, lr=4e-4, muon_lr=8e-4, decay=0.999, curve="wsd", compile=True),
     )  # fmt: skip
 
 
@@ -166,10 +189,19 @@ def _teacher_forcing() -> TeacherForcingConfig:
     )  # fmt: skip
 
 
+def _motion() -> TeacherForcingConfig:
+    return replace(
+        _teacher_forcing(), sigma=SigmaLaw(law="uniform", shift=10.0), first_weight=0.1,
+        context=ContextNoise(share=0.3, max_sigma=0.3, told="true"),
+    )  # fmt: skip
+
+
 __all__ = [
     "CLIP",
     "codec_64",
     "codec_128",
+    "motion_64",
+    "motion_128",
     "network",
     "network_64",
     "network_128",

@@ -35,6 +35,8 @@ TWO_STEPS = StepList(steps=(1000.0, 500.0), shift=SHIFT)
 """Half of them, for `--steps 2`."""
 SHORT = 9
 """Latent frames, three chunks, of most steps: what a network does next to its past is learnt from few of them."""
+SCORED = ScoreLevels(shift=5.0)
+"""Where samples are scored: nearer to noise than steps are, for motion is decided there (docs/stage-model.md)."""
 GRID = 24
 """Steps of the many-step networks while they teach; a multiple of the student's number, at the same shift."""
 
@@ -227,7 +229,7 @@ def consistency_128() -> ConsistencyRecipe:
 def ode_64() -> OdeRecipe:
     """Few-step initialisation from paths of the bidirectional teacher, sampled first (CausVid)."""
     return OdeRecipe(
-        **_files(64), start=_weights(64, "student"), teacher=_weights(64, "teacher"),
+        **_files(64), start=_weights(64, "motion"), teacher=_weights(64, "teacher"),
         method=OdeRegressionConfig(steps=FEW_STEPS, plan=chunks()),
         train=train_config(steps=600, batch=16, lr=3e-4, muon_lr=6e-4, decay=0.99, curve="wsd", compile=True),
     )  # fmt: skip
@@ -240,8 +242,10 @@ def self_forcing_64() -> DmdRecipe:
     `stage-64-self-forcing-bidirectional`)."""
     steps, score = 1300, ScoreConfig(guidance_from_uncond=GUIDANCE, reads="clean_past", plan=chunks())
     recipe = _dmd(64, replace(_rollouts(64), frames=SHORT), steps=steps, batch=16)
-    method = replace(recipe.method, teacher=score, critic=replace(score, guidance_from_uncond=1.0), ratio=3)
-    return replace(recipe, method=method, teacher=_weights(64, "student"), short=ShortClips(legs=((SHORT, steps),)))
+    method = replace(
+        recipe.method, teacher=score, critic=replace(score, guidance_from_uncond=1.0), ratio=3, levels=SCORED
+    )
+    return replace(recipe, method=method, teacher=_weights(64, "motion"), short=ShortClips(legs=((SHORT, steps),)))
 
 
 def self_forcing_64_bidirectional() -> DmdRecipe:
@@ -298,7 +302,7 @@ def _files(size_px: int) -> dict[str, Any]:
 
 def _consistency(size_px: int, train: TrainConfig) -> ConsistencyRecipe:
     method = ConsistencyConfig(grid=GRID, shift=SHIFT, guidance_from_uncond=GUIDANCE, plan=chunks(), decay=0.95)
-    return ConsistencyRecipe(**_files(size_px), start=_weights(size_px, "student"), method=method, train=train)
+    return ConsistencyRecipe(**_files(size_px), start=_weights(size_px, "motion"), method=method, train=train)
 
 
 def _rollouts(size_px: int) -> OnPolicyConfig:
