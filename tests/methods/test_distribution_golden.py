@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unspool.diffusion.flow import FlowMatching
-from unspool.diffusion.schedule import Schedule, few_step, uniform
+from unspool.diffusion.schedule import Schedule, few_step, shift_sigma, uniform
 from unspool.methods.common import velocity_loss
 from unspool.methods.dmd import dmd_gradient, dmd_loss
 from unspool.methods.ode_regression import regression_loss
@@ -64,7 +64,7 @@ def test_dmd(name: str, golden: Golden, golden_json: Facts) -> None:
 def test_draws_stay_within_the_bounds_of_the_exit_step(name: str, golden: Golden, golden_json: Facts) -> None:
     low, high = (bound / 1000 for bound in golden_json("dmd")["cases"][name]["draw_range"])
     law = ScoreLevels(shift=5.0)
-    drawn = law.draw(4000, torch.Generator().manual_seed(0), (low, high))
+    drawn = law.draw(4000, torch.Generator().manual_seed(0), (shift_sigma(low, 5.0), shift_sigma(high, 5.0)))
     recorded = golden("dmd")[f"{name}/timestep"]
     smallest, largest = law.of(torch.tensor([low, high - 0.001], dtype=torch.float64)).tolist()
     for values in (drawn, recorded.double() / 1000):

@@ -26,7 +26,7 @@ from unspool.methods.draws import SampleRng, normal, shared_integer
 from unspool.methods.ode_regression import OdeRegression, OdeRegressionConfig
 from unspool.methods.on_policy import OnPolicyConfig, timeline
 from unspool.methods.samples import NoisedDataConfig, StepList
-from unspool.methods.scores import Conditioner, Score, ScoreConfig, joined
+from unspool.methods.scores import Conditioner, Score, ScoreConfig, ScoreLevels, joined
 from unspool.models.wan.network import WanTransformer
 from unspool.rollout.noise import RecordedNoise
 from unspool.rollout.prompts import PromptTimeline, Switch
@@ -202,8 +202,11 @@ def test_bounds_of_the_score_follow_the_exit_step() -> None:
         made = on_policy(restrict=True).build()(
             Student(network), Batch(), prompts(0), prompts(9), exiting_at(exit_step)
         )
-        low, high = (0.75, 0.5, 0.25, 0.0)[exit_step], (1.0, 0.75, 0.5, 0.25)[exit_step]
+        low, high = (*STEPS.schedule.sigmas, 0.0)[exit_step + 1], STEPS.schedule.sigmas[exit_step]
         assert made.bounds == pytest.approx((low, high))
+        for levels in (ScoreLevels(shift=STEPS.shift), ScoreLevels(shift=8.0), ScoreLevels(shift=8.0, points=0)):
+            drawn = levels.draw(500, torch.Generator().manual_seed(1), made.bounds)
+            assert max(low, levels.low) - 1e-3 <= drawn.min() and drawn.max() < min(high, levels.high) + 1e-3
     assert on_policy().build()(Student(network), Batch(), prompts(0), prompts(9), exiting_at(1)).bounds == (0.0, 1.0)
 
 

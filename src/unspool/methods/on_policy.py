@@ -21,7 +21,7 @@ from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Window
 from unspool.data.batch import Batch
 from unspool.diffusion.flow import FlowMatching
-from unspool.diffusion.schedule import Schedule, unshift_sigma
+from unspool.diffusion.schedule import Schedule
 from unspool.methods.common import FLOW, BatchPrompts, Student
 from unspool.methods.draws import normal, shared_integer
 from unspool.methods.past import Clean, CleanPast, Positions, chunk_numbers
@@ -174,8 +174,7 @@ class OnPolicy:
     def _bounds(self, full: Schedule, last: int) -> tuple[float, float]:
         if not self.config.restrict:
             return 0.0, 1.0
-        shift = self.config.steps.shift
-        return unshift_sigma(full.sigmas[last + 1], shift), unshift_sigma(full.sigmas[last], shift)
+        return full.sigmas[last + 1], full.sigmas[last]
 
     def _shape(self, student: Student, batch: Batch, prompts: BatchPrompts) -> tuple[int, int, int, int, int]:
         backbone: Any = student.backbone

@@ -18,7 +18,7 @@ from unspool.causal.context import Backend, FullSequence
 from unspool.causal.position import Absolute
 from unspool.causal.visibility import Full, Window
 from unspool.data.batch import Batch
-from unspool.diffusion.schedule import shift_sigma
+from unspool.diffusion.schedule import shift_sigma, unshift_sigma
 from unspool.methods.common import FLOW, BatchPrompts, Contexts, Student
 from unspool.methods.draws import uniform
 from unspool.methods.past import Clean, CleanPast, Masked, NoisyPast, Positions, check_commit_level
@@ -56,10 +56,10 @@ class ScoreLevels:
         return shift_sigma(level.double(), self.shift).clamp(self.low, self.high)
 
     def draw(self, size: int, rng: torch.Generator, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-        """Sigmas [size, 1], float64 on the CPU; `bounds` of the draw before the shift, the upper one excluded."""
-        low, high = bounds
-        if not 0.0 <= low < high <= 1.0:
+        """Sigmas [size, 1], float64 on the CPU; `bounds` of sigma before the clamp, the upper one excluded."""
+        if not 0.0 <= bounds[0] < bounds[1] <= 1.0:
             raise ValueError(f"bounds={bounds}: expected 0 <= low < high <= 1")
+        low, high = (unshift_sigma(bound, self.shift) for bound in bounds)
         u = uniform((size, 1), rng)
         if self.points:
             first, last = round(low * self.points), max(round(high * self.points), round(low * self.points) + 1)
