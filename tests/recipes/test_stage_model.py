@@ -13,6 +13,7 @@ from unspool.data.stage import StageClips
 from unspool.data.worlds.stage import StageConfig
 from unspool.log import read_metrics
 from unspool.recipes import RECIPES
+from unspool.recipes.stage_folder import card_of
 from unspool.recipes.stage_model import OFTEN, PARTS, TAKEN, StageModel, StageModelConfig
 
 SMALL = (
@@ -69,6 +70,11 @@ def test_codec_and_text_encoder_may_be_those_of_a_model(tmp_path: Path) -> None:
     assert ended is None and "codec: taken from" in told[1]
     assert [(tmp_path / "stage-64" / name).read_bytes() for name in TAKEN] == [b"a codec", b"a text encoder"]
     assert build(tmp_path, until="text")[1] == ["codec: already made", "text: already made"]
+    (tmp_path / "stage-64" / "latents").mkdir()
+    made = StageModel(StageModelConfig(out=tmp_path))._provenance("student")
+    assert made["taken"] == {"codec": "model", "text": "model"} and made["clips"] == 0
+    assert "another model's parts (codec of model, text of model): recipe" in card_of("causal", 64, made)
+    assert "from nothing: recipe" in card_of("causal", 64, {**made, "taken": {}})
 
 
 def test_a_part_whose_file_was_deleted_is_made_again(tmp_path: Path) -> None:
@@ -117,6 +123,8 @@ def test_clips_of_another_stage_than_the_command_says_are_refused(tmp_path: Path
     write_header(tmp_path / "stage-64" / "latents", header, num_clips=0, is_complete=True)
     (tmp_path / "stage-64" / "parts.json").write_text('{"latents": {"made": true}}')
     same = StageModel(StageModelConfig(out=tmp_path, overrides=("latents.motions=[orbits,rests]",)))
+    assert not same._is_made("latents"), "made with fewer clips than this command says: it goes on"
+    same._num_latents = lambda: 24_000  # type: ignore[method-assign]
     assert same._is_made("latents")
     with pytest.raises(ValueError, match=r"holds clips of .*orbits.*give the latents\.\* that it was made with"):
         StageModel(StageModelConfig(out=tmp_path))._is_made("latents")

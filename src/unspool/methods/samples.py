@@ -58,8 +58,8 @@ class StepList:
 class Sample:
     """Samples of a student.
 
-    Fields: `latents` [b, t, c, h, w]; `counted` [b, t] latent frames that carry loss (None: all); `bounds` of sigma within
-    which a score's level is drawn; `prompts`, `uncond` as the scores shall follow them.
+    Fields: `latents` [b, t, c, h, w]; `counted` [b, t] latent frames that carry loss (None: all); `bounds` of sigma
+    within which a score's level is drawn; `prompts`, `uncond` as the scores shall follow them.
     """
 
     latents: Tensor

@@ -186,12 +186,15 @@ def card_of(kind: Kind, size_px: int, provenance: Mapping[str, Any]) -> str:
         "bidirectional": "bidirectional: clips of up to 81 frames at once; the teacher of the causal model",
     }[kind]
     config = provenance["config"]
+    taken = provenance.get("taken", {})
+    source = ", ".join(f"{part} of {name}" for part, name in taken.items())
+    begun = f"with another model's parts ({source})" if taken else "from nothing"
     minutes = ", ".join(f"{part} {value}" for part, value in provenance["minutes"].items() if value is not None)
     return f"""# The stage model, {size_px} px
 Sprites under a sky from captions, 16 frames per second; {what}.
 
 - Run: `unspool generate "{EXAMPLES[0]}" -o out.mp4`; it knows {VOCABULARY}.
-- Made by `unspool stage-model --size {size_px}` from nothing: recipe `{provenance["recipe"]}`, seed
+- Made by `unspool stage-model --size {size_px}` {begun}: recipe `{provenance["recipe"]}`, seed
   {config["train"]["seed"]}, {provenance["clips"]} clips that the package rendered itself, no other data.
 - Minutes by part: {minutes}. Hardware: {provenance["hardware"]}, torch {provenance["torch"]}.
 - Scores, and what is wrong with it: docs/stage-model.md of the repository. Every setting is in model.json.

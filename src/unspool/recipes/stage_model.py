@@ -261,7 +261,13 @@ class StageModel:
         is_made = self._notes().get(part, {"made": False}).get("made", True) and self._made_by(part).is_file()
         if is_made and part == "latents":
             self._check_latents()
+            return self._num_latents() >= self.config.clips  # those of a smaller set are kept, and more are made
         return is_made
+
+    def _num_latents(self) -> int:
+        from unspool.data.shard_format import read_index
+
+        return len(read_index(self.home / "latents"))
 
     def _check_latents(self) -> None:
         """Raise ValueError for clips of another stage than this command says, which the models would state."""
@@ -292,7 +298,8 @@ class StageModel:
 
         notes = self._notes()
         before = notes.get(part, {}).get("minutes", 0.0)
-        notes[part] = {"made": is_made, "minutes": round(before + seconds / 60, 1)}
+        taken = {"taken": self.config.parts.name} if self.config.parts and part in ("codec", "text") else {}
+        notes[part] = {"made": is_made, "minutes": round(before + seconds / 60, 1), **taken}
         self.home.mkdir(parents=True, exist_ok=True)
         replace_text(self.home / "parts.json", json.dumps(notes, indent=1) + "\n")
 
@@ -301,8 +308,12 @@ class StageModel:
         from unspool.recipes.stage_folder import machine
 
         minutes = {part: note.get("minutes") for part, note in self._notes().items()}
-        return {"recipe": self._name(role), "clips": self.config.clips, "stage": to_dict(self.config.stage),
-                "minutes": minutes, **machine(), "config": to_dict(self._recipe(role))}  # fmt: skip
+        taken = {part: note["taken"] for part, note in self._notes().items() if "taken" in note}
+        return {
+            "recipe": self._name(role), **({"taken": taken} if taken else {}), "clips": self._num_latents(),
+            "stage": to_dict(self.config.stage), "minutes": minutes, **machine(),
+            "config": to_dict(self._recipe(role)),
+        }  # fmt: skip
 
 
 def _device() -> str:
