@@ -3,6 +3,8 @@
     python bench/endurance.py --chunks 10000 --prompts 4
     python bench/endurance.py --model runs/stage-64/model --chunks 600 --every 50 --out docs/img/endurance.png
 
+    python bench/endurance.py --motions bounces "drifts left" "drifts right" rises orbits rests
+
 Every `--every` chunks five seconds of each stream are scored against their prompt, and their motion against that
 of the stage's own scene at the same time. Last line of the output: JSON.
 """
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipeline = load(args.model, dtype=args.dtype, device=args.device, compile=args.compile)
     fps = pipeline.spec.fps
     frames_per_chunk = pipeline.settings().chunk * pipeline.spec.geometry.temporal
-    config = StageProtocol(streams=StreamProtocol(prompts=args.prompts))
+    config = StageProtocol(streams=StreamProtocol(prompts=args.prompts, motions=tuple(args.motions)))
     cases = stream_cases(config, args.chunks * frames_per_chunk / fps + WINDOW_S)
     watch = Watch(cases, fps)
     stream = Stream(
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=10_000)
     parser.add_argument("--prompts", type=int, default=4, help="streams in one batch")
     parser.add_argument("--every", type=int, default=100, help="chunks from one scored window to the next")
+    parser.add_argument("--motions", nargs="+", default=StreamProtocol().motions, help="of the sprites asked for")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -140,6 +140,16 @@ def test_a_distillation_reads_captions_as_its_models_do(home: Path) -> None:
         replace(recipe, text=str(home / "other.safetensors")).build_method(CPU)
 
 
+def test_a_distillation_reads_captions_as_an_export_did(home: Path, tmp_path: Path) -> None:
+    """A text encoder that learnt beside the network lies in its export."""
+    learnt = {f"text.{name}": value for name, value in load_file(home / "other.safetensors").items()}
+    save_file(load_file(home / "student.safetensors") | learnt, tmp_path / "student.safetensors")
+    recipe = replace(made("consistency", home), start=str(tmp_path / "student.safetensors"))
+    with pytest.raises(ValueError, match=r"student\.safetensors reads captions with its own text encoder"):
+        recipe.build_method(CPU)
+    assert replace(recipe, text=str(home / "other.safetensors")).build_method(CPU)
+
+
 def test_other_sizes_are_named(home: Path) -> None:
     for source in ("model", "model/transformer.safetensors"):
         recipe = replace(made("student", home, "network.num_heads=1"), start=str(home / source))

@@ -133,8 +133,10 @@ def test_the_critic_goes_on_from_the_leg_before(home: Path) -> None:
 
 def test_paths_are_sampled_first_where_there_are_none(home: Path, tmp_path: Path) -> None:
     recipe = replace(made("stage-64-ode", home, "paths=3"), data=str(home / "latents"))
-    trainer = Trainer(replace(recipe, teacher=str(home / "teacher.safetensors")), tmp_path, show=False)
-    trainer.run()
+    unsampled = replace(recipe, teacher=str(home / "teacher.safetensors"))
+    with pytest.raises(ValueError, match=r"not sampled yet, which the run itself does first.*data=RUN/paths"):
+        unsampled.build_source()
+    Trainer(unsampled, tmp_path, show=False).run()
     facts = TrajectoryShards(LatentShardsConfig(path=str(tmp_path / "paths"))).describe()
     assert facts["kind"] == "bidirectional" and facts["steps"] == GRID and facts["guidance_from_uncond"] == 3.0
 
@@ -148,6 +150,9 @@ def test_weights_and_data_of_different_codecs_are_refused(home: Path, tmp_path: 
     assert replace(recipe, start=one, teacher=one, critic="").build_method(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"different codecs .*one\.safetensors: 1{12}, .*other\.safetensors: 2{12}"):
         replace(recipe, start=one, teacher=other).build_method(torch.device("cpu"))
+    ode = replace(made("stage-64-ode", home), data=str(home / "latents"), start=one, teacher=other, codec="")
+    with pytest.raises(ValueError, match="different codecs"):
+        ode.prepare(tmp_path)  # before any path is sampled
     encoded = tmp_path / "latents"
     shutil.copytree(home / "latents", encoded)
     header, _ = read_header(encoded)
@@ -176,6 +181,13 @@ def test_settings_without_effect_are_refused(home: Path) -> None:
         made("stage-64-causvid", home, "learn_text=true")
     with pytest.raises(ValueError, match=r"short\.legs"):
         made("stage-64-ode", home, "short.legs=[[3,1]]")
+    with pytest.raises(ValueError, match="changes=true has no effect"):
+        made("stage-64-ode", home, "changes=true")
+    with pytest.raises(ValueError, match=r"fewer=.*1000\.0, 500\.0.*expected levels of steps=.*shift 5.*fewer too"):
+        made("stage-64-consistency", home, "steps.shift=5")
+    assert made("stage-64-consistency", home, "steps.shift=5", "fewer=[]")
+    with pytest.raises(ValueError, match="frozen_encoder=true without start="):
+        apply_overrides(locate("stage-64-codec", RECIPES)(), ["frozen_encoder=true"])
     with pytest.raises(ValueError, match="other steps than it learns"):
         made("stage-64-causvid", home, "steps.steps=[1000,500]")
     with pytest.raises(ValueError, match="other steps than it learns"):

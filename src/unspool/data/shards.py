@@ -87,6 +87,7 @@ class LatentShards:
         self._files: dict[int, safe_open] = {}
         self._order = EpochOrder(len(self.entries), config.seed, shuffle=config.shuffle)
         self._memory: dict[str, Tensor] = {}
+        self._by_index: dict[int, Entry] = {}
         if config.in_memory:
             names = [LATENTS] if self.header.text_rows is None else [LATENTS, TEXT]
             self._memory = {
@@ -106,8 +107,11 @@ class LatentShards:
         return self._join([(self.entries[entry], 0) for entry in entries])
 
     def array(self, index: int, name: str) -> Tensor:
-        """A further array of clip `index` as it was stored. Raises ValueError where the clip has none of that name."""
-        return self._read(self.entries[index], name, 0, None)
+        """A further array of the clip that `indices` calls `index`, as it was stored. Raises ValueError where the clip
+        has none of that name."""
+        if not self._by_index:
+            self._by_index = {entry.index: entry for entry in self.entries}
+        return self._read(self._by_index[index], name, 0, None)
 
     @property
     def codec_sha256(self) -> str | None:

@@ -212,7 +212,7 @@ def markdown(summary: Summary, facts: Mapping[str, Any]) -> str:
         lines += [*table_lines(copy, columns, "sprites"), ""]
     if summary.switches:
         table = {f"{kind}, {row}": group for kind, rows in summary.switches.items() for row, group in rows.items()}
-        lines += ["**Change of prompt in a stream**, from the moment it is given, waiting for the chunk boundary", ""]
+        lines += ["**Change of prompt in a stream**, from the moment it is given, waiting for the chunk boundary"]
         lines += ["included; what never came counts as infinite", "", *table_lines(table, SWITCH_COLUMNS, "event"), ""]
     for name, segments in summary.streams.items():
         table = {str(number): group for number, group in enumerate(segments)}

@@ -33,7 +33,7 @@ from unspool.evaluate.measures import (
     measure_truth,
 )
 from unspool.evaluate.protocol import PARTS, Case, StageProtocol, batches, clip_cases, stream_cases, switch_cases
-from unspool.evaluate.runner import Arm, ClipStore, Measures, Progress, Request, mark, scorer_mark
+from unspool.evaluate.runner import Arm, ClipStore, Measures, Progress, Request, code_mark, mark, scorer_mark
 from unspool.evaluate.sheet import Sample
 from unspool.evaluate.spread import drawn_states, measure_states
 from unspool.evaluate.switches import measure_switch
@@ -309,7 +309,7 @@ class Evaluation:
                 partial(measure_stream, None, case.scene, segment, frames, self.form) for case in batch
             ]
             self._measure(rows, TRUTH, batch, keys, jobs.copy)
-            keys = [self._key("stream frozen", case, segment, frames) for case in batch]
+            keys = [self._key("stream frozen", case, segment, frames, code_mark("frozen")) for case in batch]
             jobs = [partial(measure_frozen_stream, case.scene, segment, frames, self.form) for case in batch]
             self._measure(rows, FROZEN, batch, keys, jobs.copy)
             self._streamed(rows, batch, segment, frames)
@@ -344,7 +344,7 @@ class Evaluation:
                 for seed in range(config.seeds):
                     request = self._request(batch, config.frames, seed)
                     source = self.store.key(arm, request)
-                    keys = [self._key("states", case, source, k) for k, case in enumerate(batch)]
+                    keys = [self._key("states", case, source, k, code_mark("spread")) for k, case in enumerate(batch)]
                     self._measure(rows, arm.name, batch, keys, partial(self._states, arm, request, batch))
                     self._note_time(arm.name, arm, request)
         return rows

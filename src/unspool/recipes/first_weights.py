@@ -130,20 +130,33 @@ def check_codecs(data: str, *paths: str, codec: str = "") -> None:
 
 
 def check_text(text: CaptionEncoder, text_file: str, *paths: str) -> None:
-    """Raise ValueError where a model folder among `paths` reads captions with another encoder than `text`."""
+    """Raise ValueError where a model folder or a training's export among `paths` reads captions with another encoder
+    than `text`."""
     for path in paths:
-        found = model_at(path)
-        if found is None or found[1].text.file is None or next(text.parameters()).is_meta:
+        found, words_differ = model_at(path), False
+        if not path or next(text.parameters()).is_meta:
             continue
-        theirs, ours = _text_of(*found), text.state_dict()
-        differs = theirs.config != text.config or any(
-            not torch.equal(value, ours[name].to(value.device)) for name, value in theirs.state_dict().items()
-        )
-        if differs:
+        if found is None:
+            theirs = _part(read_checkpoint(weights_file(path)).tensors, TEXT)
+            fix = "the text.safetensors of the model folder that its training left"
+        elif found[1].text.file is not None:
+            encoder = _text_of(*found)
+            theirs, fix = encoder.state_dict(), str(found[0] / found[1].text.file)
+            words_differ = encoder.config != text.config
+        else:
+            continue
+        if words_differ or (theirs and not _same_states(text.state_dict(), theirs)):
             raise ValueError(
                 f"{path} reads captions with its own text encoder, and text={text_file} is another one; expected the "
-                f"encoder that the network knows; set text={found[0] / found[1].text.file}"
+                f"encoder that the network knows; set text= to {fix}"
             )
+
+
+def _same_states(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    return set(ours) == set(theirs) and all(
+        value.shape == ours[name].shape and torch.equal(value.to(ours[name]), ours[name])
+        for name, value in theirs.items()
+    )
 
 
 def _text_of(folder: Path, spec: ModelSpec) -> CaptionEncoder:

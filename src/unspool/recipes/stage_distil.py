@@ -58,6 +58,13 @@ class DistilRecipe(LatentRecipe):
         super().__post_init__()
         if self.learn_text:
             raise ValueError("learn_text=true: distillation uses the text encoder as it is; leave it false")
+        known = self.steps.schedule.sigmas
+        strange = [each.steps for each in self.fewer if not set(each.schedule.sigmas) <= set(known)]
+        if strange:
+            raise ValueError(
+                f"fewer={strange}: expected levels of steps={self.steps.steps} (shift {self.steps.shift:g}), as others "
+                "are not learnt; set fewer too, to [] for none"
+            )
 
     @property
     def few(self) -> StepList | None:
@@ -108,6 +115,8 @@ class OdeRecipe(DistilRecipe):
         super().__post_init__()
         if self.short.legs:
             raise ValueError("short.legs has no effect on stored paths; leave it empty")
+        if self.changes:
+            raise ValueError("changes=true has no effect on stored paths; leave it false")
         if self.steps != self.method.steps:
             raise ValueError(f"steps={self.steps.steps}, method.steps={self.method.steps.steps}: expected the same")
         if self.teacher_kind == "causal" and self.method.past != "clean":
@@ -121,6 +130,7 @@ class OdeRecipe(DistilRecipe):
         if not self.teacher:
             return self
         need("data", self.data, self.size_px)
+        self.check_codecs(self.start, self.teacher)
         from unspool.recipes.stage_paths import PathsConfig, write_stage_paths
 
         folder = out / "paths"
@@ -141,6 +151,11 @@ class OdeRecipe(DistilRecipe):
         from unspool.data.shards import LatentShardsConfig
         from unspool.data.trajectories import TrajectoryShards
 
+        if self.teacher:
+            raise ValueError(
+                f"the paths of teacher={self.teacher} are not sampled yet, which the run itself does first; begin it, "
+                "or give data=RUN/paths of one that was begun, and teacher="
+            )
         return TrajectoryShards(LatentShardsConfig(path=self.data, in_memory=self.in_memory))
 
 
@@ -236,7 +251,7 @@ def ode_64() -> OdeRecipe:
 
 
 def self_forcing_64() -> DmdRecipe:
-    """Rollouts of three chunks (Self-Forcing), scored by the many-step student: the shipped one before long tuning.
+    """Rollouts of three chunks (Self-Forcing), scored by the many-step student: what comes before long tuning.
 
     At this budget the many-step student knows more than the bidirectional teacher does (that one:
     `stage-64-self-forcing-bidirectional`)."""

@@ -50,6 +50,10 @@ class CodecRecipe(Recipe):
     start: str = ""
     frozen_encoder: bool = False
 
+    def __post_init__(self) -> None:
+        if self.frozen_encoder and not self.start:
+            raise ValueError("frozen_encoder=true without start=: a new encoder knows nothing; give the codec's file")
+
     def build_method(self, device: torch.device) -> Method:
         from unspool.methods.codec import CodecTraining
         from unspool.models.taehv import Taehv
